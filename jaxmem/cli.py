@@ -1,0 +1,158 @@
+"""The command `jaxmem`: arguments and printing only. Heavy packages are imported by the command that needs them."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+TRACEBACK = "JAXMEM_TRACEBACK"
+"""Environment variable: set it to 1 to see where an error comes from."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done (or stopped by a signal with all saved), 1 failed, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        commands = {"train": _train_command(argv), "generate": generate, "info": info}
+        return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxmem", description=_ABOUT, args=argv) or 0
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        print(f"jaxmem: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("jaxmem: interrupted", file=sys.stderr)
+        return 130
+
+
+_ABOUT = f"Sequence models that remember. Set {TRACEBACK}=1 to see where an error comes from."
+
+
+def _train_command(argv: list[str]) -> Callable[..., int]:
+    """The command `train`, whose options are the fields of the experiment's config, with its values as defaults."""
+    from jaxmem.training.experiment import TrainConfig, load_experiment
+
+    path = next((word for word in argv[1:] if word.endswith(".py")), None) if argv[:1] == ["train"] else None
+
+    def train_file(
+        experiment: Positional[str],
+        config: Annotated[TrainConfig, arg(name="")] = load_experiment(path) if path else tyro.MISSING,
+        out: str | None = None,
+        resume: bool = False,
+        distributed: bool = False,
+    ) -> int:
+        """Train the model of an experiment file; every field of its config is an option.
+
+        Args:
+            experiment: Python file with a function config(), e.g. experiments/quickstart.py.
+            config: The experiment.
+            out: Folder of the run; runs/NAME if not given, NAME being that of the experiment file.
+            resume: Go on with the run in that folder from its newest checkpoint.
+            distributed: This is one of several processes; find the others first (jax.distributed.initialize).
+        """
+        if distributed:
+            import jax
+
+            jax.distributed.initialize()
+        from jaxmem.training.loop import train
+
+        if os.environ.get(TRACEBACK) != "1":
+            _quieten_failed_saves()
+        train(config, Path(out) if out else Path("runs") / Path(experiment).stem, resume=resume)
+        return 0
+
+    def train_nothing(experiment: Positional[str], out: str | None = None, resume: bool = False) -> int:
+        """Train the model of an experiment file; `jaxmem train EXPERIMENT.py --help` lists the options of its config.
+
+        Args:
+            experiment: Python file with a function config(), e.g. experiments/quickstart.py.
+            out: Folder of the run; runs/NAME if not given, NAME being that of the experiment file.
+            resume: Go on with the run in that folder from its newest checkpoint.
+        """
+        raise ValueError(f"train: needs an experiment file that ends in .py, got {experiment!r}; name one")
+
+    return train_file if path else train_nothing
+
+
+def _quieten_failed_saves() -> None:
+    """A save that fails ends the run with one sentence; orbax's threads would add a few hundred lines to it."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+
+
+def generate(
+    run: Positional[str],
+    prompt: str = "",
+    max_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    capacity: int | None = None,
+    step: int | None = None,
+) -> int:
+    """Let a trained model continue a prompt; the text goes to standard output as it is made.
+
+    Args:
+        run: Folder of a run.
+        prompt: Text to continue.
+        max_tokens: Tokens to write.
+        temperature: Of the softmax; 0 always takes the likeliest token.
+        top_k: Sample from so many likeliest tokens only.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        seed: Of the sampling.
+        capacity: Tokens that growing caches hold; prompt and text together if not given.
+        step: Checkpoint to use; the newest if not given.
+    """
+    from jaxmem.models.generation import generate_text
+    from jaxmem.models.sampling import SamplingConfig
+    from jaxmem.training.run import load_run
+
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    loaded = load_run(run, step)
+    for note in loaded.notes:
+        print(f"passed over: {note}", file=sys.stderr)
+    text = generate_text(
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        seed=seed,
+        capacity=capacity,
+    )
+    print(prompt, end="", flush=True)
+    for piece in text:
+        print(piece, end="", flush=True)
+    print(f"\n{text.statistics}", file=sys.stderr)
+    return 0
+
+
+def info(model: Positional[str], context: int = 2048) -> int:
+    """Print what a model costs: parameters by part, state bytes per sequence, FLOPs per token.
+
+    Args:
+        model: Name of a preset, or an experiment file.
+        context: Tokens of context for the state of growing caches and for FLOPs.
+    """
+    from rich.console import Console
+
+    from jaxmem.models.accounting import account, table
+    from jaxmem.models.presets import preset
+    from jaxmem.training.experiment import load_experiment
+
+    config = load_experiment(model).model if model.endswith(".py") else preset(model)
+    Console().print(table(model, config, account(config, context), context))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Measurements of trained models, and of what they are compared with."""

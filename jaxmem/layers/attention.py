@@ -1,0 +1,286 @@
+"""Softmax attention over everything seen, or over the last W tokens; heads may share keys and values (grouped queries).
+
+    o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s   over the tokens s <= t of the same document, t - s < W
+
+with rotary embedding of q and k. The state is a ring of S slots for keys and values: the token of index i in its row
+stands in slot i mod S, and slots are told apart by index and segment, never by order. A call attends over the cache
+and, merged by the log-sum-exp rule of the softmax algebra, over its own tokens; a single token is written first and
+then attends over the cache alone.
+
+A window of W tokens needs S = W slots for a stream of any length. Full attention needs S >= the length of the longest
+document: the tokens of a document beyond S get NaN under jit, where nothing can be raised, and a ValueError elsewhere.
+
+Cost: 2 (K + V) FLOPs per head, token and token seen; S G (K + V) cached values per row.
+Reference: Vaswani et al. 2017, arXiv 1706.03762, equation 1; Shazeer 2019, arXiv 1911.02150, and Ainslie et al. 2023,
+arXiv 2305.13245 (grouped queries); Henry et al. 2020, arXiv 2010.04245 (normalised q and k, here by RMSNorm).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmem.algebra.softmax import Partial, combine
+from jaxmem.layers.blockwise_attention import Implementation, blockwise_attention
+from jaxmem.layers.mixer import Cursor, Tokens, advance, init_cursor, place_state
+from jaxmem.layers.norm import RMSNorm
+from jaxmem.layers.rotary import rotary
+from jaxmem.sharding import einsum, local, param
+from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Causal softmax attention."""
+
+    n_heads: int
+    n_kv_heads: int | None = None
+    """Heads of keys and values, each shared by n_heads / n_kv_heads query heads; None is n_heads."""
+    head_dim: int | None = None
+    """Width of q, k and v per head; None is d_model / n_heads."""
+    window: int | None = None
+    """Tokens a token sees, itself included; None is all before it."""
+    rope_theta: float | None = 10_000.0
+    """Base of the rotary wavelengths; None is no rotary embedding."""
+    qk_norm: bool = False
+    """RMSNorm of every head of q and k before the rotary embedding."""
+    implementation: Implementation | None = None
+    """Of `blockwise_attention`; None picks the best."""
+
+    def __post_init__(self):
+        if self.n_heads < 1 or self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"attention: needs n_heads divisible by n_kv_heads, got n_heads={self.n_heads}, "
+                f"n_kv_heads={self.n_kv_heads}; change one of them"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"attention: needs window >= 1, got window={self.window}; None is full attention")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    def width(self, d_model: int) -> int:
+        """Width per head in a model of width d_model."""
+        if self.head_dim is None and d_model % self.n_heads:
+            raise ValueError(
+                f"attention: needs d_model divisible by n_heads, got d_model={d_model}, n_heads={self.n_heads}; "
+                "change one of them or set head_dim"
+            )
+        width = d_model // self.n_heads if self.head_dim is None else self.head_dim
+        if self.rope_theta is not None and width % 2:
+            raise ValueError(
+                f"attention: needs an even head_dim for rotary embedding, got head_dim={width}; "
+                "change it or set rope_theta=None"
+            )
+        return width
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Attention":
+        """The layer for a model of width d_model."""
+        return Attention(self, d_model, rngs=rngs)
+
+    def mixing_flops(self, d_model: int, context_tokens: int) -> int:
+        """Forward FLOPs per token of scores and values, averaged over a document of context_tokens; no projections.
+
+        >>> AttentionConfig(n_heads=2).mixing_flops(8, 3)  # 2 tokens seen on average, 2 heads, 2 x 4 multiply-adds
+        64
+        >>> AttentionConfig(n_heads=2, window=1).mixing_flops(8, 3)
+        32
+        """
+        window = min(context_tokens, self.window or context_tokens)
+        tokens_seen = window * (window + 1) // 2 + (context_tokens - window) * window
+        return 4 * self.n_heads * self.width(d_model) * tokens_seen // context_tokens
+
+
+class AttentionState(NamedTuple):
+    """The key-value cache: a ring of S slots per row."""
+
+    k: Float[Array, "B S G K"]
+    """Keys, already turned by their position."""
+    v: Float[Array, "B S G K"]
+    index: Int[Array, "B S"]
+    """Order in the row of the token in each slot."""
+    segment: Int[Array, "B S"]
+    """Its segment id; 0 is an empty slot."""
+    length: Int[Array, "B"]
+    """Tokens of the row seen so far: the index of the next."""
+    cursor: Cursor
+
+
+_HEADS = ("batch", "time", "heads", "key")
+_KV_HEADS = ("batch", "time", "kv_heads", "key")
+_TOKENS = Tokens(*(("batch", "time"),) * 3)
+_STATE = AttentionState(
+    k=("batch", None, "kv_heads", "key"),
+    v=("batch", None, "kv_heads", "key"),
+    index=("batch", None),
+    segment=("batch", None),
+    length=("batch",),
+    cursor=Cursor(("batch",), ("batch",)),
+)
+
+
+class Attention(nnx.Module):
+    """The mixer of `AttentionConfig`; see the module docstring."""
+
+    def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs):
+        self.config = config
+        self.head_dim = config.width(d_model)
+        into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        out_of = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        shape, kv_shape = (d_model, config.n_heads, self.head_dim), (d_model, config.kv_heads, self.head_dim)
+        self.query = param(rngs, into, shape, ("embed", "heads", "key"))
+        self.key = param(rngs, into, kv_shape, ("embed", "kv_heads", "key"))
+        self.value = param(rngs, into, kv_shape, ("embed", "kv_heads", "value"))
+        self.out = param(rngs, out_of, (*shape[1:], d_model), ("heads", "value", "embed"))
+        self.query_norm = RMSNorm(self.head_dim, axes=("key",), rngs=rngs) if config.qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, axes=("key",), rngs=rngs) if config.qk_norm else None
+
+    def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32) -> AttentionState:
+        """The empty cache of `batch` rows.
+
+        Args:
+          capacity: tokens of the longest document; with a window, that many slots are enough, and None is that.
+          dtype: of the cached keys and values.
+
+        Raises: ValueError if full attention is not told its capacity, or capacity < 1.
+        """
+        window = self.config.window
+        if capacity is None and window is None:
+            raise ValueError(
+                "attention: needs a capacity for the cache of full attention, got capacity=None; "
+                "pass the tokens of the longest document to init_state"
+            )
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"attention: needs capacity >= 1, got capacity={capacity}; pass the tokens to hold")
+        n_slots = min(n for n in (capacity, window) if n is not None)
+
+        kv, slots = (batch, n_slots, self.config.kv_heads, self.head_dim), (batch, n_slots)
+        state = AttentionState(
+            k=jnp.zeros(kv, dtype),
+            v=jnp.zeros(kv, dtype),
+            index=jnp.zeros(slots, jnp.int32),
+            segment=jnp.zeros(slots, jnp.int32),
+            length=jnp.zeros(batch, jnp.int32),
+            cursor=init_cursor(batch),
+        )
+        return place_state(state, _STATE)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: AttentionState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], AttentionState]:
+        """The mixed tokens, 0 for padding, and the cache behind them.
+
+        Args:
+          state: what the row has seen; None is nothing, and returns a cache of T tokens (of the window, with one).
+          segment_ids: documents, see `jaxmem.layers.mixer`; None continues the document that the state is in.
+          positions: of the rotary embedding; None counts from the start of each document.
+
+        Raises: ValueError outside jit if a document outgrows the cache; under jit its tokens beyond come out NaN.
+        """
+        fresh = state is None
+        if fresh:
+            state = self.init_state(x.shape[0], capacity=None if self.config.window else x.shape[1], dtype=x.dtype)
+        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
+        limit = None if fresh else _document_limit(state, self.config.window)
+        if limit is not None:
+            _raise_if_outgrown(tokens, limit)
+        q, k, v = self._project(x, tokens.position if positions is None else positions)
+        attend = partial(blockwise_attention, window=self.config.window, implementation=self.config.implementation)
+        mix = partial(_mix, attend=attend, fresh=fresh, limit=limit)
+        o, state = local(mix, (_HEADS, _KV_HEADS, _KV_HEADS, _TOKENS, _STATE), (_HEADS, _STATE))(
+            q, k, v, tokens, state._replace(cursor=cursor)
+        )
+        return einsum("bthv,hvd->btd", o, self.out[...], ("batch", "time", "embed")), state
+
+    def _project(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+        q = einsum("btd,dhk->bthk", x, self.query[...], _HEADS)
+        k = einsum("btd,dgk->btgk", x, self.key[...], _KV_HEADS)
+        v = einsum("btd,dgv->btgv", x, self.value[...], _KV_HEADS)
+        if self.config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.config.rope_theta is not None:
+            q, k = (rotary(x, positions, theta=self.config.rope_theta) for x in (q, k))
+        return q, k, v
+
+
+def _mix(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    tokens: Tokens,
+    state: AttentionState,
+    *,
+    attend: Callable[..., Partial],
+    fresh: bool,
+    limit: int | None,
+) -> tuple[Float[Array, "B T H K"], AttentionState]:
+    """Attention of new tokens over the cache and themselves, and the cache with them; fresh: the cache is empty."""
+    n_tokens = q.shape[1]
+    index = state.length[:, None] + jnp.arange(n_tokens, dtype=jnp.int32)
+    if limit is not None:
+        fits = ((tokens.position < limit) | ~tokens.real)[:, :, None, None]
+        q, k, v = (jnp.where(fits, x, 0) for x in (q, k, v))  # NaN of the layer below must not reach tokens that fit
+    written = _write(state, k, v, index, tokens.segment)
+    attend = partial(attend, q, q_index=index, q_segment=tokens.segment)
+    if n_tokens == 1 and not fresh:
+        o = attend(written.k, written.v, k_index=written.index, k_segment=written.segment).o
+    else:
+        mixed = attend(k, v, k_index=index, k_segment=tokens.segment)
+        if not fresh:
+            mixed = combine(attend(state.k, state.v, k_index=state.index, k_segment=state.segment), mixed)
+        o = mixed.o
+    if limit is not None:
+        o = jnp.where(fits, o, jnp.nan)
+    return o.astype(q.dtype), written
+
+
+def _write(
+    state: AttentionState,
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    index: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+) -> AttentionState:
+    """The cache with the last S real tokens of each row in their slots; the others, and padding, go nowhere."""
+    n_slots = state.k.shape[1]
+    length = state.length + jnp.sum(segment != 0, axis=1, dtype=jnp.int32)
+    kept = (segment != 0) & (index >= length[:, None] - n_slots)
+    slot = jnp.where(kept, index % n_slots, n_slots)
+
+    @jax.vmap
+    def put(cache: Shaped[Array, "S *rest"], new: Shaped[Array, "T *rest"], slot: Int[Array, "T"]):
+        return cache.at[slot].set(new.astype(cache.dtype), mode="drop")
+
+    return state._replace(
+        k=put(state.k, k, slot),
+        v=put(state.v, v, slot),
+        index=put(state.index, index, slot),
+        segment=put(state.segment, segment, slot),
+        length=length,
+    )
+
+
+def _document_limit(state: AttentionState, window: int | None) -> int | None:
+    """Tokens of one document that the cache serves exactly; None if any number, because it holds the whole window."""
+    n_slots = state.k.shape[1]
+    return None if window is not None and window <= n_slots else n_slots
+
+
+def _raise_if_outgrown(tokens: Tokens, limit: int) -> None:
+    """Raises where values are known; under jit the caller's NaN speaks instead."""
+    length = jnp.max(jnp.where(tokens.real, tokens.position + 1, 0))
+    if not isinstance(length, jax.core.Tracer) and length > limit:
+        raise ValueError(
+            f"attention: needs a cache of at least {int(length)} tokens for a document of that length, "
+            f"got capacity={limit}; pass a larger capacity to init_state"
+        )

@@ -1,0 +1,94 @@
+"""What a decoder costs, without building it: parameters by part, state bytes per sequence, FLOPs per token."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import jax
+from flax import nnx
+
+from jaxmem.models.decoder import Decoder, DecoderConfig
+from jaxmem.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What `account` found."""
+
+    parameters: dict[str, int]
+    """Part -> number of parameters."""
+    state_bytes: dict[str, int]
+    """Mixer -> bytes that one sequence's state takes in all its layers."""
+    forward_flops: int
+    """Per token, mean over a context; a multiply-add is two. Training takes three times as many, four if the backward
+    pass computes blocks again."""
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+
+def account(config: DecoderConfig, context_tokens: int) -> Cost:
+    """The cost of a decoder at a context of this many tokens. No array is made.
+
+    >>> from jaxmem.models.presets import preset
+    >>> sum(account(preset("quickstart"), 512).state_bytes.values()) > 0
+    True
+    """
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    state = jax.eval_shape(lambda: model.init_state(1, capacity=context_tokens))
+    parameters: Counter[str] = Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
+        parameters[_part(path, config)] += math.prod(leaf.shape)
+
+    states: Counter[str] = Counter()
+    for mixer, mixer_state in zip(config.pattern, state, strict=True):
+        states[_name(mixer)] += _n_bytes(mixer_state)
+
+    head = config.vocab_size * config.d_model
+    weights = sum(n for part, n in parameters.items() if part not in ("embedding", "output head")) + head
+    mixing = sum(mixer.mixing_flops(config.d_model, context_tokens) for mixer in config.pattern)
+    return Cost(dict(parameters), dict(states), 2 * weights + config.repeats * mixing)
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """The number of parameters of a model, built or abstract."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _n_bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _part(path, config: DecoderConfig) -> str:
+    keys = [str(getattr(key, "key", key)) for key in path]
+    if keys[0] != "blocks":
+        return {"embedding": "embedding", "output": "output head"}.get(keys[0], "norms")
+    if keys[2] == "mixer":
+        return _name(config.pattern[int(keys[1])])
+    return "feed-forward" if keys[2] == "ffn" else "norms"
+
+
+def _name(mixer) -> str:
+    words = type(mixer).__name__.removesuffix("Config")
+    return "".join(f" {c.lower()}" if c.isupper() else c for c in words).strip()
+
+
+def table(name: str, config: DecoderConfig, cost: Cost, context_tokens: int):
+    """The cost as a rich table, for a terminal."""
+    from rich.table import Table
+
+    layers = f"{config.n_layers} layers, d_model {config.d_model}, {config.dtype}"
+    rows = Table("", "", "share", title=f"{name}: {layers}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    rows.columns[1].justify = rows.columns[2].justify = "right"
+    for part, n in sorted(cost.parameters.items(), key=lambda item: -item[1]):
+        rows.add_row(f"parameters: {part}", f"{n:,}", f"{n / cost.n_parameters:.1%}")
+    rows.add_row("parameters", f"{cost.n_parameters:,}", "", style="bold")
+    total = sum(cost.state_bytes.values())
+    for mixer, n_bytes in cost.state_bytes.items():
+        rows.add_row(f"state bytes: {mixer}", f"{n_bytes:,}", f"{n_bytes / total:.1%}")
+    rows.add_row(f"state bytes per sequence at {context_tokens:,} tokens", f"{total:,}", "", style="bold")
+    rows.add_row("forward FLOPs per token", f"{cost.forward_flops:,}", "")
+    training = cost.forward_flops * (4 if config.remat == "block" else 3)
+    rows.add_row(f"training FLOPs per token (remat: {config.remat})", f"{training:,}", "", style="bold")
+    return rows

@@ -1,0 +1,151 @@
+"""A decoder from a pattern of blocks: x + mixer(norm(x)), then x + swiglu(norm(x)), the pattern repeated in depth.
+
+`pattern` holds the mixers of one repeat, so a hybrid is one line: `pattern=3 * (memories,) + (attention,)`. The repeats are
+stacked and scanned: a program's size grows with the pattern, not with the depth.
+"""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
+from jaxmem.layers.feed_forward import SwiGLU
+from jaxmem.layers.mixer import Mixer, MixerConfig
+from jaxmem.layers.norm import RMSNorm
+from jaxmem.sharding import constrain, einsum, param
+from jaxmem.typing import Array, DTypeLike, Float, Int, PyTree
+
+Remat = Literal["nothing", "dots", "block"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder's shape; `make` builds it."""
+
+    d_model: int
+    d_ffn: int
+    """Width inside the SwiGLU."""
+    pattern: tuple[Any, ...]
+    """Mixer configs of one repeat, first layer first."""
+    repeats: int = 1
+    """How often the pattern stands; layers = repeats x len(pattern)."""
+    vocab_size: int = 256
+    tie_embeddings: bool = True
+    """Use the embedding table as output head."""
+    norm_eps: float = 1e-6
+    remat: Remat = "nothing"
+    """What the backward pass computes again: nothing; everything but weight products (dots); whole blocks."""
+    dtype: Dtype = "float32"
+    """Of activations; parameters, states and statistics are fp32."""
+
+    def __post_init__(self):
+        for name in ("d_model", "d_ffn", "repeats", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DecoderConfig: needs {name} >= 1, got {name}={getattr(self, name)}; change it")
+        if not self.pattern or not all(hasattr(mixer, "make") for mixer in self.pattern):
+            raise ValueError(
+                "DecoderConfig: needs a pattern of one or more mixer configs, "
+                f"got pattern={self.pattern!r}; write e.g. 3 * (MixtureOfMemoriesConfig(),) + (AttentionConfig(n_heads=4),)"
+            )
+        for name, known in (("remat", get_args(Remat)), ("dtype", get_args(Dtype))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"DecoderConfig: needs {name} to be one of {', '.join(known)}, got {name}={getattr(self, name)!r}; "
+                    "change it"
+                )
+
+    @property
+    def n_layers(self) -> int:
+        return self.repeats * len(self.pattern)
+
+    def make(self, *, rngs: nnx.Rngs) -> "Decoder":
+        return Decoder(self, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """One layer: a mixer and a feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, mixer: MixerConfig, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.mixer_norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
+        self.mixer: Mixer = mixer.make(config.d_model, rngs=rngs)
+        self.ffn_norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
+        self.ffn = SwiGLU(config.d_model, config.d_ffn, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], state: PyTree, segment_ids, positions) -> tuple[Array, PyTree]:
+        mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
+        x = x + mixed
+        return x + self.ffn(self.ffn_norm(x)), state
+
+
+class Decoder(nnx.Module):
+    """Token ids in, hidden vectors out; `head` turns hidden vectors into logits. States go in and out as in a mixer.
+
+    The state is a tuple with one entry per place of the pattern, each a mixer's state stacked over the repeats.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs)
+        self.blocks = nnx.List([stack_layers(config.repeats, rngs, _block(m, config)) for m in config.pattern])
+        self.norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            rows = -(-config.vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE
+            init = nnx.initializers.truncated_normal(config.d_model**-0.5)
+            self.output = param(rngs, init, (rows, config.d_model), ("vocab", "embed"))
+
+    @property
+    def head(self) -> Float[Array, "Vocab D"]:
+        """One row per token of the vocabulary, padded to a multiple of 64 rows."""
+        return (self.embedding.table if self.config.tie_embeddings else self.output)[...]
+
+    def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike | None = None) -> PyTree:
+        """The empty state of `batch` rows; see `Mixer.init_state`."""
+        dtype = self.config.dtype if dtype is None else dtype
+        empty = lambda block: block.mixer.init_state(batch, capacity=capacity, dtype=dtype)
+        return tuple(jax.vmap(lambda _, b=block: empty(b))(jnp.arange(self.config.repeats)) for block in self.blocks)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        state: PyTree | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], PyTree]:
+        x = self.embedding(tokens, jnp.dtype(self.config.dtype))
+        states = (None,) * len(self.blocks) if state is None else state
+
+        def repeat(x: Array, blocks_and_states: PyTree) -> tuple[Array, PyTree]:
+            after = []
+            for block, before in zip(*blocks_and_states, strict=True):
+                x, new = block(x, before, segment_ids, positions)
+                after.append(new)
+            return x, tuple(after)
+
+        x, states = jax.lax.scan(_remat(repeat, self.config.remat), x, (tuple(self.blocks), states))
+        return self.norm(x), states
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vocab"]:
+        """fp32 logits of hidden vectors, for a few tokens at a time; training uses `chunked_cross_entropy`."""
+        logits = einsum("btd,vd->btv", x.astype(jnp.float32), self.head, ("batch", "time", "vocab"))
+        return constrain(logits, "batch", "time", None)[..., : self.config.vocab_size]
+
+
+def stack_layers(n: int, rngs: nnx.Rngs, make) -> nnx.Module:
+    """n modules of one kind as one module whose parameters have a leading dimension n; for `jax.lax.scan`."""
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), n))
+
+
+def _block(mixer: MixerConfig, config: DecoderConfig):
+    return lambda rngs: Block(mixer, config, rngs=rngs)
+
+
+def _remat(function, policy: Remat):
+    if policy == "nothing":
+        return function
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(function, policy=saved, prevent_cse=False)

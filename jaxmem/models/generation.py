@@ -1,0 +1,298 @@
+"""A decoder continues a prompt: the prompt is read in pieces of one size, then every token is one step of its state.
+
+Two programs serve a prompt of any length: one reads PREFILL_TOKENS tokens, the last piece filled up with padding, which
+no mixer sees; the other takes one token to the next. Both update the state in place, so a long text takes the memory of
+a short one. A step is dispatched before the token of the step before is read, so the device does not wait for the host,
+and every token can be shown as soon as it is there.
+
+The draw at index i of the row has the key fold_in(seed, i): a text depends on model, prompt, sampling and seed only.
+
+Under a mesh the one row stands whole on all devices of the axes that split batches; heads, ffn and vocabulary are split
+as ever. So a model too large for one device generates on its training mesh, and a small one should do so without a mesh.
+
+Cost: a step is the model's forward FLOPs for one token, and reads its parameters and state once.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmem.models.decoder import Decoder
+from jaxmem.models.sampling import SamplingConfig, sample
+from jaxmem.sharding import current_mesh, current_rules, use_mesh
+from jaxmem.training.tokenizer import Tokenizer
+from jaxmem.typing import Array, Bool, Int, PRNGKeyArray, PyTree
+
+PREFILL_TOKENS = 128
+"""Tokens of a prompt read at once."""
+NOT_A_TOKEN = -1
+"""What a step gives for logits that hold NaN."""
+ENDLESS_TOKENS = 1 << 40
+"""More than any window holds."""
+
+Item = TypeVar("Item", int, str)
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What a generation has cost so far."""
+
+    prompt_tokens: int
+    """BOS included."""
+    state_bytes: int
+    """Of the whole state, the same from the first token to the last."""
+    prefill_s: float = 0.0
+    """Seconds to read the prompt, its last token excepted; with compilation, where the program is new."""
+    n_tokens: int = 0
+    """Tokens made so far."""
+    decode_s: float = 0.0
+    """Seconds between the first and the newest token, those included that the reader of the tokens took."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Speed after the first token, whose step may have had to be compiled; 0 until there are two."""
+        return (self.n_tokens - 1) / self.decode_s if self.n_tokens > 1 else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_tokens:,} tokens, {self.tokens_per_s:,.1f} tokens/s; state {self.state_bytes:,} bytes; "
+            f"prompt of {self.prompt_tokens:,} tokens read in {self.prefill_s:.2f} s"
+        )
+
+
+class Generation(Iterator[Item], Generic[Item]):
+    """Token ids, or pieces of text, as they are made; work starts with the first `next` and may be left at any time."""
+
+    def __init__(self, items: Iterator[Item], statistics: Statistics):
+        self.statistics = statistics
+        self._items = items
+
+    def __next__(self) -> Item:
+        return next(self._items)
+
+
+def generate(
+    model: Decoder,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),
+    seed: int = 0,
+    capacity: int | None = None,
+    stop_ids: Sequence[int] = (),
+    allowed: Bool[np.ndarray, "Vocab"] | None = None,
+) -> Generation[int]:
+    """The tokens behind a prompt, one after the other.
+
+    Args:
+      prompt_ids: the tokens to continue, BOS included; at least one.
+      max_tokens: tokens to make, >= 1.
+      seed: of the draws.
+      capacity: tokens that caches without a window hold; None is prompt + max_tokens. One capacity for many prompts
+        compiles once. Models whose state does not grow take no notice of it.
+      stop_ids: tokens that end the text; the one that does is not among those given out.
+      allowed: tokens that may be drawn; None is all.
+
+    Returns: an iterator of token ids with `statistics`.
+
+    Raises: ValueError for prompt_ids, max_tokens or `allowed` that are none of the above; if the model has caches that
+    grow and the capacity is below prompt + max_tokens; and, while iterating, if the model's logits hold NaN.
+
+    >>> from flax import nnx
+    >>> from jaxmem.layers.attention import AttentionConfig
+    >>> from jaxmem.models.decoder import DecoderConfig
+    >>> config = DecoderConfig(d_model=8, d_ffn=8, pattern=(AttentionConfig(n_heads=1),))
+    >>> tokens = generate(config.make(rngs=nnx.Rngs(0)), [255], max_tokens=3)
+    >>> len(list(tokens)), tokens.statistics.prompt_tokens
+    (3, 1)
+    """
+    prompt = _checked_prompt(prompt_ids, max_tokens, model.config.vocab_size)
+    allowed = _checked_allowed(allowed, model.config.vocab_size)
+    on_mesh = _with_whole_batch()
+    capacity = on_mesh(_checked_capacity, model, prompt.size, max_tokens, capacity)
+    empty = functools.partial(_empty, model, capacity=capacity)
+    statistics = Statistics(prompt.size, state_bytes(on_mesh(jax.eval_shape, empty)))
+
+    def tokens() -> Iterator[int]:
+        start_s = time.perf_counter()
+        state = on_mesh(empty)
+        for piece, segment_ids in _pieces(prompt[:-1]):
+            state = on_mesh(_read, model, state, piece, segment_ids)
+        jax.block_until_ready(state)
+        statistics.prefill_s = time.perf_counter() - start_s
+
+        last, index, may, key = on_mesh(
+            jax.device_put, (prompt[-1:], np.int32(prompt.size), allowed, jax.random.key(seed))
+        )
+        draw = functools.partial(on_mesh, _step, model, sampling=sampling, key=key, allowed=may)
+        upcoming, index, state = draw(state=state, token=last, index=index)
+        for n_made in range(max_tokens):
+            current = upcoming
+            if n_made + 1 < max_tokens:
+                upcoming, index, state = draw(state=state, token=current, index=index)
+            token = current.item()
+            now_s = time.perf_counter()
+            if n_made == 0:
+                start_s = now_s
+            statistics.n_tokens, statistics.decode_s = n_made + 1, now_s - start_s
+            if token == NOT_A_TOKEN:
+                raise ValueError(
+                    f"generate: needs logits without NaN, got NaN for the token of index={prompt.size + n_made}; "
+                    "check the model's parameters, training may have diverged"
+                )
+            if token in stop_ids:
+                return
+            yield token
+
+    return Generation(tokens(), statistics)
+
+
+def generate_text(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),
+    seed: int = 0,
+    capacity: int | None = None,
+) -> Generation[str]:
+    """The text behind a prompt, in whole characters as they come; an empty prompt starts a document.
+
+    BOS stands before the prompt. Only tokens that stand for text are drawn: not BOS, nor ids that the tokenizer lacks.
+
+    Args: see `generate`.
+
+    Returns: an iterator of str with `statistics`.
+
+    Raises: ValueError as `generate`, and if the tokenizer has ids that the model lacks.
+    """
+    missing = model.config.vocab_size - tokenizer.vocab_size
+    if missing < 0:
+        raise ValueError(
+            f"generate: needs a tokenizer of at most {model.config.vocab_size} tokens, the model's vocabulary, "
+            f"got vocab_size={tokenizer.vocab_size}; use the tokenizer that the model was trained with"
+        )
+    tokens = generate(
+        model,
+        [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()],
+        max_tokens=max_tokens,
+        sampling=sampling,
+        seed=seed,
+        capacity=capacity,
+        allowed=np.pad(tokenizer.token_bytes > 0, (0, missing)),
+    )
+    return Generation(tokenizer.stream(tokens), tokens.statistics)
+
+
+def state_bytes(state: PyTree) -> int:
+    """Bytes of a state's arrays, which may be abstract; of sharded ones, on all devices together, copies not counted.
+
+    >>> state_bytes({"memory": jnp.zeros((2, 3)), "length": jnp.zeros(2, jnp.int32)})
+    32
+    """
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _empty(model: Decoder, *, capacity: int) -> PyTree:
+    """The state of one row that has seen nothing."""
+    return model.init_state(1, capacity=capacity)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _read(model: Decoder, state: PyTree, tokens: Int[Array, "1 T"], segment_ids: Int[Array, "1 T"]) -> PyTree:
+    """The state behind a piece of the prompt."""
+    return model(tokens, state, segment_ids=segment_ids)[1]
+
+
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+def _step(
+    model: Decoder,
+    state: PyTree,
+    token: Int[Array, "1"],
+    index: Int[Array, ""],
+    *,
+    sampling: SamplingConfig,
+    key: PRNGKeyArray,
+    allowed: Bool[Array, "Vocab"],
+) -> tuple[Int[Array, "1"], Int[Array, ""], PyTree]:
+    """The token of this index in the row, drawn behind `token`; the index of the next, and the state."""
+    hidden, state = model(token[:, None], state)
+    logits = model.logits(hidden)[:, 0]
+    drawn = sample(jnp.where(allowed, logits, -jnp.inf), jax.random.fold_in(key, index), sampling)
+    drawn = jnp.where(jnp.isnan(logits).any(axis=-1), NOT_A_TOKEN, drawn)
+    return drawn, index + 1, state
+
+
+def _pieces(prompt: Int[np.ndarray, "T"]) -> Iterator[tuple[Int[np.ndarray, "1 C"], Int[np.ndarray, "1 C"]]]:
+    """The prompt in pieces of PREFILL_TOKENS with their segment ids: 1, and 0 for the padding of the last."""
+    for start in range(0, prompt.size, PREFILL_TOKENS):
+        piece = prompt[start : start + PREFILL_TOKENS]
+        padding = (0, PREFILL_TOKENS - piece.size)
+        yield np.pad(piece, padding)[None], np.pad(np.ones_like(piece), padding)[None]
+
+
+def _with_whole_batch() -> Callable[..., PyTree]:
+    """Calls functions on the mesh in force now, under its rules, except that a batch is not split."""
+    if current_mesh() is None:
+        return lambda function, *args, **kwargs: function(*args, **kwargs)
+    mesh, rules = jax.sharding.get_mesh(), current_rules()
+    rules = dataclasses.replace(rules, activations={**rules.activations, "batch": ()})
+
+    def call(function, *args, **kwargs):
+        with use_mesh(mesh, rules):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _checked_prompt(prompt_ids: Sequence[int], max_tokens: int, vocab_size: int) -> Int[np.ndarray, "T"]:
+    if max_tokens < 1:
+        raise ValueError(f"generate: needs max_tokens >= 1, got max_tokens={max_tokens}; ask for at least one")
+    prompt = np.asarray(prompt_ids, np.int32)
+    if prompt.ndim != 1 or not prompt.size:
+        raise ValueError(
+            f"generate: needs a prompt of one or more token ids, got prompt_ids of shape {prompt.shape}; "
+            "start it with the tokenizer's bos_id"
+        )
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise ValueError(
+            f"generate: needs token ids in 0..{vocab_size - 1}, got prompt_ids={prompt.min()}..{prompt.max()}; "
+            "use the tokenizer that the model was trained with"
+        )
+    return prompt
+
+
+def _checked_allowed(allowed: Bool[np.ndarray, "Vocab"] | None, vocab_size: int) -> Bool[np.ndarray, "Vocab"]:
+    allowed = np.ones(vocab_size, bool) if allowed is None else np.asarray(allowed, bool)
+    if allowed.shape != (vocab_size,) or not allowed.any():
+        raise ValueError(
+            f"generate: needs one or more of {vocab_size} tokens to be allowed, got allowed of shape {allowed.shape} "
+            f"with {allowed.sum()} True; pass one bool per token of the model's vocabulary"
+        )
+    return allowed
+
+
+def _checked_capacity(model: Decoder, prompt_tokens: int, max_tokens: int, capacity: int | None) -> int:
+    """The tokens that growing caches shall hold: the capacity, if it is enough or if nothing grows what is needed."""
+    needed = prompt_tokens + max_tokens
+    shapes = lambda capacity: jax.eval_shape(functools.partial(_empty, model, capacity=capacity))
+    if capacity is None or shapes(ENDLESS_TOKENS) == shapes(ENDLESS_TOKENS + 1):
+        return needed
+    if capacity < needed:
+        longer = (
+            "the prompt alone is longer than the cache" if prompt_tokens > capacity else "the text would outgrow it"
+        )
+        raise ValueError(
+            f"generate: needs a cache for prompt + max_tokens = {prompt_tokens} + {max_tokens} = {needed} tokens, because "
+            f"the model has full attention, got capacity={capacity} ({longer}); raise capacity or leave it out, "
+            "shorten the prompt, or lower max_tokens"
+        )
+    return capacity

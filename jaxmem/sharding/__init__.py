@@ -1,0 +1,32 @@
+"""One mesh, one set of rules, and the words layers use to place their arrays."""
+
+from jaxmem.sharding.mesh import MESH_AXES, MeshConfig, make_mesh
+from jaxmem.sharding.placement import (
+    constrain,
+    einsum,
+    local,
+    mesh_axes,
+    named_sharding,
+    param,
+    param_spec,
+    stored_like,
+)
+from jaxmem.sharding.rules import Rules, current_mesh, current_rules, use_mesh
+
+__all__ = [
+    "MESH_AXES",
+    "MeshConfig",
+    "Rules",
+    "constrain",
+    "current_mesh",
+    "current_rules",
+    "einsum",
+    "local",
+    "make_mesh",
+    "mesh_axes",
+    "named_sharding",
+    "param",
+    "param_spec",
+    "stored_like",
+    "use_mesh",
+]

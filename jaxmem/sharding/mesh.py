@@ -1,0 +1,59 @@
+"""The one mesh: axes `data`, `fsdp`, `seq` and `model`, all always present, of size 1 when unused."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+MESH_AXES = ("data", "fsdp", "seq", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices stand along each mesh axis; at most one size may be -1, "all devices that are left"."""
+
+    data: int = -1
+    """Copies of the model, each with its own rows of the batch."""
+    fsdp: int = 1
+    """Devices over which parameters *and* the batch are split; parameters are gathered when used."""
+    seq: int = 1
+    """Devices over which the sequence is split; sizes other than 1 are not supported yet."""
+    model: int = 1
+    """Devices over which heads, ffn width and vocabulary are split."""
+
+    def __post_init__(self):
+        sizes = self.sizes
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(
+                "mesh: needs positive sizes with at most one -1 (the devices left over), "
+                f"got {dict(zip(MESH_AXES, sizes, strict=True))}; change the sizes"
+            )
+        if self.seq != 1:
+            raise NotImplementedError(
+                f"mesh: needs seq=1, got seq={self.seq}; no layer splits its sequence yet, use data, fsdp or model"
+            )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.data, self.fsdp, self.seq, self.model)
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (default: all), every axis of explicit type.
+
+    Raises: ValueError if the sizes do not multiply to the number of devices.
+
+    >>> make_mesh(MeshConfig(data=1), jax.devices()[:1]).axis_names
+    ('data', 'fsdp', 'seq', 'model')
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    fixed = math.prod(size for size in config.sizes if size != -1)
+    sizes = tuple(len(devices) // fixed if size == -1 else size for size in config.sizes)
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh: needs data x fsdp x seq x model = {len(devices)} devices, "
+            f"got {dict(zip(MESH_AXES, config.sizes, strict=True))}; change the sizes or the number of devices"
+        )
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)

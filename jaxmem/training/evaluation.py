@@ -1,0 +1,122 @@
+"""Held-out evaluation: bits per byte, also by position in the document, and how the routers are used."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxmem.layers.cross_entropy import token_nats
+from jaxmem.models.decoder import DecoderConfig
+from jaxmem.sharding import constrain
+from jaxmem.training.step import merge, router_use
+from jaxmem.typing import Array, Float, Int
+
+
+class EvalStep(NamedTuple):
+    """What the model makes of one batch, on every process whole."""
+
+    nats: Float[Array, "B T"]
+    """Of every next token, whether it counts or not."""
+    tokens: Int[Array, "B T+1"]
+    segment_ids: Int[Array, "B T+1"]
+    router_use: list[Float[Array, "repeats M"]]
+    """Choices per mixture in the pattern."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out quality of a model; the fields are those of an "eval" line in metrics.jsonl."""
+
+    bits_per_byte: float
+    loss: float
+    """Nats per token."""
+    n_bytes: int
+    n_tokens: int
+    bits_per_byte_by_position: list[float]
+    position_edges: list[int]
+    """Entry i above is over positions edges[i] <= p < edges[i+1] in a document's piece."""
+    router_use: list[list[float]]
+    """Per mixture-of-memories layer, the share of choices that went to each memory."""
+    router_layers: list[int]
+
+
+def make_eval_step(config: DecoderConfig) -> Callable[[nnx.State, Int[Array, "B T+1"], Int[Array, "B T+1"]], EvalStep]:
+    """The function of a batch that `evaluate` calls, to be jitted."""
+
+    def step(params, tokens, segment_ids):
+        model = merge(config, params)
+        hidden, state = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
+        nats = token_nats(hidden, model.head, tokens[:, 1:], vocab_size=config.vocab_size)
+        whole = (constrain(x, None, None) for x in (nats, tokens, segment_ids))
+        return EvalStep(*whole, [use.chosen.sum(axis=1) for _, use in router_use(state)])
+
+    return step
+
+
+def evaluate(
+    step: Callable[[Array, Array], EvalStep],
+    batches: Iterable[dict[str, np.ndarray]],
+    token_bytes: Int[np.ndarray, "vocab"],
+    config: DecoderConfig,
+    place: Callable[[np.ndarray], Array],
+) -> Evaluation:
+    """Runs `step(tokens, segment_ids)` over all batches and sums up on the host, in fp64.
+
+    Args:
+      token_bytes: bytes of text that each token stands for.
+      place: puts a host array where the step wants it.
+    """
+    nats, text, tokens, use = None, None, 0, None
+    for batch in batches:
+        found = jax.device_get(step(place(batch["tokens"]), place(batch["segment_ids"])))
+        segments, targets = found.segment_ids, found.tokens[:, 1:]
+        counts = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] != 0)
+        position = _positions(segments[:, :-1])[counts]
+        if nats is None:
+            nats, text = np.zeros(targets.shape[1]), np.zeros(targets.shape[1])
+        np.add.at(nats, position, found.nats.astype(np.float64)[counts])
+        np.add.at(text, position, token_bytes[targets[counts]])
+        tokens += int(counts.sum())
+        seen = [chosen.astype(np.float64) for chosen in found.router_use]
+        use = seen if use is None else [a + b for a, b in zip(use, seen, strict=True)]
+    if nats is None or not text.sum():
+        raise ValueError("evaluation: needs held-out text, got none; name heldout files that have text")
+
+    edges = [0] + [2**i for i in range(math.ceil(math.log2(len(nats))))] + [len(nats)]
+    bits = nats / math.log(2)
+    layers, shares = _router_shares(use, config)
+    return Evaluation(
+        bits_per_byte=float(bits.sum() / text.sum()),
+        loss=float(nats.sum() / tokens),
+        n_bytes=int(text.sum()),
+        n_tokens=tokens,
+        bits_per_byte_by_position=[
+            float(bits[a:b].sum() / max(text[a:b].sum(), 1)) for a, b in zip(edges, edges[1:], strict=False)
+        ],
+        position_edges=edges,
+        router_use=shares,
+        router_layers=layers,
+    )
+
+
+def _positions(segments: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+    """How many tokens of its segment stand before each token."""
+    index = np.arange(segments.shape[1])
+    new = np.diff(segments, axis=1, prepend=-1) != 0
+    return index - np.maximum.accumulate(np.where(new, index, 0), axis=1)
+
+
+def _router_shares(use: list[np.ndarray], config: DecoderConfig) -> tuple[list[int], list[list[float]]]:
+    """Layer numbers and shares, in the order of depth, of choices [repeats, M] per mixture in the pattern."""
+    places = [i for i, mixer in enumerate(config.pattern) if hasattr(mixer, "n_memories")]
+    shares = {
+        repeat * len(config.pattern) + place: (chosen / max(chosen.sum(), 1)).tolist()
+        for place, counts in zip(places, use, strict=True)
+        for repeat, chosen in enumerate(counts)
+    }
+    layers = sorted(shares)
+    return layers, [shares[layer] for layer in layers]

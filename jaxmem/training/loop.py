@@ -1,0 +1,326 @@
+"""The training loop: batches in, checkpoints and metrics out, exact when interrupted and resumed.
+
+A run's folder holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end, `report.html`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jaxmem.checkpoints import CheckpointStore, complete_steps, config_differences
+from jaxmem.config import to_json
+from jaxmem.sharding import current_rules, make_mesh, use_mesh
+from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
+from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
+from jaxmem.training.experiment import TrainConfig
+from jaxmem.training.finish import finish
+from jaxmem.training.metrics import MetricsWriter, read_metrics, replace_file
+from jaxmem.training.placement import any_process, gather_states, on_devices, on_mesh, scatter_state, to_host
+from jaxmem.training.progress import Progress
+from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step
+from jaxmem.training.tokenizer import Tokenizer, load_tokenizer
+
+MAY_CHANGE = ("steps", "checkpoint", "mesh", "eval_every_steps", "eval_bytes", "sample_prompt", "sample_tokens")
+"""Fields of a TrainConfig that a resumed run may change."""
+
+
+STEPS_BETWEEN_STOPS = 16
+"""With several processes, a signal stops the run at a multiple of this many steps, on which all agree."""
+
+Metrics = MetricsWriter | None
+"""The writer of the first process; the others write nothing."""
+
+
+class NotFinite(RuntimeError):
+    """The loss or a gradient became NaN or infinite; the message says when and where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    stopped: bool
+    """A signal ended it early, with everything saved."""
+
+
+def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> Outcome:
+    """Runs an experiment to its end, or until SIGTERM or Ctrl-C, then saved so that `resume` goes on exactly there.
+
+    Args:
+      resume: go on from the newest checkpoint in run_dir, or from the start if there is none yet.
+
+    Raises:
+      ValueError: a folder with another run, a config, data or mesh that does not fit; each says what to change.
+      NotFinite: the loss became NaN or infinite; the last checkpoint is kept.
+      CheckpointError: a checkpoint could not be written; earlier ones are intact.
+    """
+    run_dir = Path(run_dir)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"train: needs model.vocab_size of at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got vocab_size={config.model.vocab_size}; raise it, or use the tokenizer of this model"
+        )
+    check_run_dir(run_dir, config, resume)
+    began = time.monotonic()
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 or max(config.mesh.sizes) > 1 else None
+    run = _Run(config, tokenizer, mesh)
+    is_main = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(CheckpointStore(run_dir / "checkpoints", config.checkpoint, to_json(config)))
+        stop = stack.enter_context(stop_on_signals())
+        with use_mesh(mesh):
+            state, batches, notes = run.start(store)
+            first = int(state.step)
+            if resume and not first:
+                notes.append(f"no checkpoint in {run_dir} to resume from: starting at step 0")
+            if is_main:
+                replace_file(run_dir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+            metrics = stack.enter_context(MetricsWriter(run_dir, first)) if is_main else None
+            progress = stack.enter_context(Progress(config.steps, first, None if is_main else Console(quiet=True)))
+            for line in (f"training data: {run.pieces.report}", f"held-out data: {run.heldout.report}", *notes):
+                progress.say(line)
+            state, evaluation, stopped = run.steps(state, batches, store, stop, metrics, progress)
+            step = int(state.step)
+            store.wait()
+            if stopped:
+                name = stop.by.name if stop.by else "another process's signal"
+                progress.say(f"{name}: stopped after step {step}, all is saved; --resume goes on from there")
+                return Outcome(step, stopped=True)
+            if evaluation is None:
+                evaluation = run.evaluate(state, None)
+        for failed in (pieces.report for pieces in (run.pieces, run.heldout) if pieces.report.failed_reads):
+            progress.say(f"some text could not be read again: {failed}")
+        params = to_host(state.params)
+        if metrics is not None:
+            summary = finish(config, tokenizer, params, run.heldout, evaluation, metrics, run_dir, began)
+            progress.say(summary)
+    return Outcome(step, stopped=False)
+
+
+def check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
+    """Raises ValueError for a folder that holds a run that `config` would neither start nor go on with."""
+    if not has_begun(run_dir):
+        return
+    if not resume:
+        raise ValueError(
+            f"train: needs a new folder for a new run, got {str(run_dir)!r} with one in it; "
+            "add --resume to go on with it, or name another with --out"
+        )
+    saved_config = run_dir / "config.json"
+    if not saved_config.exists():
+        return  # what is in the checkpoint is compared when it is restored
+    before, now = json.loads(saved_config.read_text()), to_json(config)
+    for name in MAY_CHANGE:
+        before.pop(name, None), now.pop(name, None)
+    if differences := config_differences(before, now):
+        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+        raise ValueError(
+            f"resume: needs the config of the run in {str(run_dir)!r}, got another: {shown}; "
+            "use the same experiment and options, or start a new run with --out"
+        )
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether a run in this folder made a step; one that found its input wrong, say, leaves nothing to lose."""
+    with contextlib.suppress(FileNotFoundError):
+        return bool(complete_steps(run_dir / "checkpoints") or read_metrics(run_dir))
+    return False
+
+
+class _Stop:
+    """Whether a signal asked the run to stop, and which."""
+
+    def __init__(self):
+        self.by: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[_Stop]:
+    """Notes the first SIGTERM or Ctrl-C instead of dying of it; a second one acts as usual."""
+    stop = _Stop()
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number, frame):
+        stop.by = signal.Signals(number)
+        for noted, handler in usual.items():
+            signal.signal(noted, handler)
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """What stays the same from the first step to the last."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None):
+        self.config, self.tokenizer, self.mesh, self.place = config, tokenizer, mesh, on_mesh(mesh)
+        self.pieces = training_pieces(config.data, tokenizer)
+        self.heldout = heldout_pieces(config.data, tokenizer)
+        if mesh is not None:  # says now that the batch cannot be split, not when all is compiled
+            rows = config.data.batch_size // config.accumulate
+            current_rules().spec(("batch",), "activations", (rows,), mesh)
+        self.train_step = jax.jit(make_train_step(config), donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(config.model))
+
+    def start(self, store: CheckpointStore) -> tuple[TrainState, Any, list[str]]:
+        """The state and the data to begin with: the newest intact checkpoint's, or new ones."""
+        batches = train_batches(
+            self.config.data, self.tokenizer, jax.process_index(), jax.process_count(), pieces=self.pieces
+        )
+        fresh = jax.jit(lambda: init_state(self.config))
+        if not store.steps():
+            return fresh(), batches, []
+        restored = store.restore(on_devices(jax.eval_shape(fresh), self.mesh)._asdict())
+        if restored.data_state["fingerprint"] != self.pieces.fingerprint:
+            raise ValueError(
+                f"resume: needs the training data that the checkpoint of step {restored.step} was made with, "
+                "got other files or texts; put them back, or start a new run with --out"
+            )
+        if restored.step > self.config.steps:
+            raise ValueError(
+                f"resume: needs at least the {restored.step} steps that the checkpoint has made, "
+                f"got steps={self.config.steps}; raise --steps, or start a new run with --out"
+            )
+        batches.set_state(scatter_state(restored.data_state["iterators"]))
+        notes = [f"passed over: {note}" for note in restored.notes]
+        return TrainState(**restored.tree), batches, [*notes, f"resumed from the checkpoint of step {restored.step}"]
+
+    def steps(
+        self, state: TrainState, batches, store: CheckpointStore, stop: _Stop, metrics: Metrics, progress: Progress
+    ) -> tuple[TrainState, Evaluation | None, bool]:
+        """Steps to the end or to a signal; each is read back when the next is on its way, so that neither waits.
+
+        Returns the state, the evaluation of that state if there was one, and whether a signal stopped it.
+        """
+        config, clock, pending, evaluation, stopping = self.config, _Clock(), None, None, False
+        step = int(state.step)
+        while step < config.steps and not stopping:
+            batch = next(batches)
+            placed = (self.place(self.parts(batch[name])) for name in ("tokens", "segment_ids"))
+            clock.dispatch(idle=pending is None or pending[1].finite.is_ready())
+            state, told = self.train_step(state, *placed)
+            step += 1
+            if pending is not None:
+                self.tell(*pending, clock, metrics, progress)
+            pending, evaluation = (step, told, self.target_bytes(batch)), None
+
+            last = step == config.steps
+            evaluation_due = last or step % config.eval_every_steps == 0
+            save_due = last or step % config.checkpoint.every_steps == 0
+            if jax.process_count() == 1 or step % STEPS_BETWEEN_STOPS == 0:
+                stopping = any_process(stop.by is not None) and not last
+            if evaluation_due or save_due or stopping:
+                self.tell(*pending, clock, metrics, progress)
+                pending = None
+                if evaluation_due:
+                    evaluation = self.evaluate(state, None if last else config.eval_bytes)
+                    if metrics is not None:
+                        metrics.write("eval", step, **dataclasses.asdict(evaluation))
+                if save_due or stopping:
+                    data_state = {
+                        "fingerprint": self.pieces.fingerprint,
+                        "iterators": gather_states(batches.get_state()),
+                    }
+                    store.save(step, state._asdict(), data_state, evaluation and evaluation.bits_per_byte)
+                clock.restart()
+        return state, evaluation, stopping
+
+    def tell(
+        self, step: int, told: StepMetrics, n_bytes: int, clock: "_Clock", metrics: Metrics, progress: Progress
+    ) -> None:
+        """Waits for a step, then writes and shows it. Raises NotFinite if it was not made."""
+        told = jax.device_get(told)
+        step_s, wait_s = clock.read()
+        n_targets = float(told.n_targets)
+        bits_per_byte = float(told.nats) / math.log(2) / max(n_bytes, 1)
+        loss = float(told.nats) / max(n_targets, 1)
+        if metrics is not None:
+            metrics.write(
+                "train",
+                step,
+                loss=loss,
+                bits_per_byte=bits_per_byte,
+                load_balance=told.load_balance,
+                grad_norm=told.grad_norm,
+                learning_rate=told.learning_rate,
+                tokens_per_s=n_targets / step_s,
+                step_s=step_s,
+                wait_s=wait_s,
+            )
+        progress.update(step, loss, bits_per_byte, n_targets / step_s)
+        if not told.finite:
+            raise NotFinite(describe_not_finite(step, told))
+
+    def evaluate(self, state: TrainState, max_bytes: int | None) -> Evaluation:
+        processes = jax.process_index(), jax.process_count()
+        batches = heldout_batches(
+            self.config.data, self.tokenizer, *processes, max_bytes=max_bytes, pieces=self.heldout
+        )
+        step = lambda tokens, segment_ids: self.eval_step(state.params, tokens, segment_ids)
+        return evaluate(step, batches, self.tokenizer.token_bytes, self.config.model, self.place)
+
+    def parts(self, rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(self.config.accumulate, -1, rows.shape[-1])
+
+    def target_bytes(self, batch: dict[str, np.ndarray]) -> int:
+        """Bytes of text that the targets of a batch stand for, on this process times the number of processes."""
+        segments = batch["segment_ids"]
+        counts = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+        return int(self.tokenizer.token_bytes[batch["tokens"][:, 1:][counts]].sum()) * jax.process_count()
+
+
+class _Clock:
+    """Wall seconds of each step, from when the one before was read, and how long the device had nothing to do in them."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """What happened since the last step does not count to the next."""
+        self._last_read = time.perf_counter()
+        self._waits: list[float] = []
+
+    def dispatch(self, *, idle: bool) -> None:
+        """A step is about to be dispatched; if the device is idle, all time since the last read counts as waiting."""
+        self._waits.append(time.perf_counter() - self._last_read if idle else 0.0)
+
+    def read(self) -> tuple[float, float]:
+        """A step was read: its seconds, and those of them spent waiting, an upper bound."""
+        now = time.perf_counter()
+        step_s, self._last_read = now - self._last_read, now
+        return step_s, min(self._waits.pop(0), step_s)
+
+
+def describe_not_finite(step: int, told: StepMetrics) -> str:
+    """One sentence on what broke first: parameters that were not finite before the step, gradients, or updates."""
+    kinds = {"parameters": told.param_norms, "gradients": told.grad_norms, "updates": told.update_norms}
+    for what, norms in kinds.items():
+        groups = [group for group, norm in norms.items() if not math.isfinite(norm)]
+        if groups:
+            where = f"the {what} of " + ("all groups" if len(groups) == len(norms) else ", ".join(groups))
+            break
+    else:
+        where = "the loss alone, all parameters, gradients and updates are finite"
+    return (
+        f"step {step}: needs a finite loss, gradients and updates, got loss={told.nats / max(told.n_targets, 1)}, "
+        f"grad_norm={told.grad_norm}; not finite: {where}; the step was not made and the checkpoints before it are kept; "
+        "lower optimizer.learning_rate or optimizer.clip_norm and start from the last one"
+    )

@@ -1,0 +1,254 @@
+"""The optimiser: AdamW or Muon with a learning-rate schedule, and the structural rules of what each does to whom.
+
+A step of either is
+
+    g <- g min(1, clip_norm / |g|)        w <- w - lr(step) (direction(g) + weight_decay w)
+
+with the decay on matrices only. The direction is Adam's m / (sqrt(v) + eps), or for the matrices of Muon
+
+    0.2 sqrt(max(in, out)) U V^T    where U S V^T is the momentum
+
+whose entries have about the size of Adam's, so that one learning rate and one decay serve both.
+
+What a parameter *is* follows from the logical axes in its metadata, not from its name. Its axes fall into sides: a
+width that is split into heads is one side ("heads", "key"), so ("embed", "heads", "key") is a matrix from D to H K.
+"memory", "tap" and the leading axis of stacked layers count copies and belong to no side. A parameter with two sides
+or more is a matrix: input first, the others output. All else are vectors, never decayed and never orthogonalised:
+norm scales, biases, a_log and dt_bias whether per head or per channel, convolution taps, initial states, and a router
+("embed", "memory"). Tables ("vocab") are decayed; Muon leaves them to Adam since their rows are looked up one by one.
+
+References: Loshchilov and Hutter 2019, AdamW, arXiv:1711.05101; Jordan et al. 2024, Muon; Liu et al. 2025, Muon is
+Scalable for LLM Training, arXiv:2502.16982, eq. 4 (the factor 0.2); Hu et al. 2024, MiniCPM, arXiv:2404.06395 (WSD).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+from jaxmem.sharding import current_mesh
+from jaxmem.typing import Array, Float, Int, PyTree
+
+COPIES = ("memory", "tap")
+"""Axes that count independent weights: neither input nor output."""
+HEADS = ("heads", "kv_heads", "key", "value")
+"""Axes that are parts of one width."""
+TABLES = ("vocab",)
+"""Axes whose entries are looked up, one by one."""
+MUON_RMS = 0.2
+"""Root mean square of the entries of Muon's direction, about that of Adam's."""
+
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are updated.
+
+    Raises: ValueError for a value outside the range that its line states.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """Direction of matrices; everything else is AdamW's."""
+    learning_rate: float = 3e-4
+    """The highest, after warm-up; > 0."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly, the first of them at learning_rate / warmup_steps; >= 0."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: half a cosine; stable, then a linear decay; or constant."""
+    decay_fraction: float = 0.2
+    """wsd: the part of all steps, at the end, over which the rate decays; in (0, 1]."""
+    final_fraction: float = 0.1
+    """The rate at the end of cosine or wsd, as a part of learning_rate; in [0, 1]."""
+    weight_decay: float = 0.1
+    """Of matrices, per step and per unit of the learning rate; >= 0."""
+    b1: float = 0.9
+    """Adam's decay of the mean of gradients; in [0, 1)."""
+    b2: float = 0.95
+    """Adam's decay of the mean of their squares; in [0, 1)."""
+    eps: float = 1e-8
+    """Adam's, added to the root of that mean; > 0."""
+    momentum: float = 0.95
+    """Muon's decay of the mean of gradients (Nesterov); in [0, 1)."""
+    clip_norm: float | None = 1.0
+    """Largest L2 norm of all gradients together; > 0. None: gradients are not clipped."""
+
+    def __post_init__(self):
+        for name, condition, holds in (
+            ("learning_rate", "> 0", self.learning_rate > 0),
+            ("warmup_steps", ">= 0", self.warmup_steps >= 0),
+            ("decay_fraction", "in (0, 1]", 0 < self.decay_fraction <= 1),
+            ("final_fraction", "in [0, 1]", 0 <= self.final_fraction <= 1),
+            ("weight_decay", ">= 0", self.weight_decay >= 0),
+            ("b1", "in [0, 1)", 0 <= self.b1 < 1),
+            ("b2", "in [0, 1)", 0 <= self.b2 < 1),
+            ("eps", "> 0", self.eps > 0),
+            ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
+            ("clip_norm", "> 0 or None", self.clip_norm is None or self.clip_norm > 0),
+        ):
+            if not holds:
+                raise ValueError(
+                    f"optimizer: needs {name} {condition}, got {name}={getattr(self, name)}; change OptimizerConfig"
+                )
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """The learning rate of step 0, 1, ... total_steps - 1, and the final one from there on.
+
+        rate(step) = learning_rate * min(1, (step + 1) / warmup_steps) * shape(step)
+
+    shape falls from 1 to final_fraction between the end of warm-up (cosine), or the last decay_fraction of all steps
+    (wsd), and total_steps. In a run too short for both, as when an experiment is cut to a few steps to try it, warm-up
+    and decay overlap.
+
+    Raises: ValueError if total_steps is not positive.
+
+    >>> rate = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.0), 12)
+    >>> [round(float(rate(step)), 2) for step in (0, 3, 4, 8, 12)]
+    [0.25, 1.0, 1.0, 0.5, 0.0]
+    """
+    decay_steps = {
+        "cosine": max(0, total_steps - config.warmup_steps),
+        "wsd": max(1, round(config.decay_fraction * total_steps)),
+        "constant": 0,
+    }[config.schedule]
+    if total_steps < 1:
+        raise ValueError(f"schedule: needs total_steps >= 1, got total_steps={total_steps}; train for some steps")
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((step - (total_steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
+        fall = {
+            "cosine": (1 - jnp.cos(jnp.pi * done)) / 2,
+            "wsd": done,
+            "constant": 0.0,
+        }[config.schedule]
+        rise = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
+        return config.learning_rate * rise * (1 - (1 - config.final_fraction) * fall)
+
+    return rate
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) -> optax.GradientTransformation:
+    """The transformation from gradients to updates for parameters like `params`.
+
+    Args:
+      config: what to do.
+      total_steps: updates of the whole run; the end of the schedule.
+      params: a tree (`nnx.State`, module) of `nnx.Param`s with `axes`, arrays or their shapes. What the
+        transformation is given later must have the same leaves in the same order.
+
+    Returns: an optax transformation whose state has the dtype and sharding of the parameters.
+    Raises: ValueError for a parameter without `axes`, and as `make_schedule`.
+    """
+    variables = jax.tree.leaves(params, is_leaf=_is_param)
+    for variable in variables:
+        if not hasattr(variable, "axes"):
+            raise ValueError(
+                f"optimizer: needs parameters with logical axes, got {type(variable).__name__} without axes; "
+                "make parameters with jaxmem.sharding.param"
+            )
+    dimensions = [matrix_dimensions(variable) for variable in variables]
+    is_matrix = [numbers is not None for numbers in dimensions]
+    direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.kind == "muon":
+        is_table = [not set(TABLES).isdisjoint(variable.axes) for variable in variables]
+        labels = ["muon" if m and not t else "adamw" for m, t in zip(is_matrix, is_table, strict=True)]
+        muon = _muon(config.momentum, [n for n, label in zip(dimensions, labels, strict=True) if label == "muon"])
+        direction = optax.partition({"adamw": direction, "muon": muon}, lambda tree: _like(tree, labels))
+    return optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: _like(tree, is_matrix)),
+        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+    )
+
+
+def matrix_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
+    """Which dimensions of a parameter are a matrix's input and output, those left being copies; None for a vector.
+
+    >>> matrix_dimensions(nnx.Param(jnp.zeros((12, 8, 2, 4)), axes=("embed", "heads", "key")))  # 12 stacked layers
+    MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2, 3))
+    >>> matrix_dimensions(nnx.Param(jnp.zeros((2, 4)), axes=("heads", "key")))
+    """
+    axes = variable.axes
+    n_stacked = len(variable.shape) - len(axes)
+    sides: dict[Any, list[int]] = {}
+    for dim, axis in enumerate(axes, start=n_stacked):
+        if axis not in COPIES:
+            side = "heads" if axis in HEADS else axis or dim
+            sides.setdefault(side, []).append(dim)
+    if len(sides) < 2:
+        return None
+    first, *rest = sides.values()
+    return MuonDimensionNumbers(tuple(first), tuple(dim for side in rest for dim in side))
+
+
+def _muon(momentum: float, dimensions: list[MuonDimensionNumbers]) -> optax.GradientTransformation:
+    """Gradients of matrices -> 0.2 sqrt(max(in, out)) x the orthogonal factor of their Nesterov momentum."""
+
+    def rescale(updates, params=None):
+        def scaled(update, numbers):
+            fan_in, fan_out = (math.prod(update.shape[dim] for dim in dims) for dims in numbers)
+            return MUON_RMS * math.sqrt(max(fan_in, fan_out)) * update
+
+        return jax.tree.map(scaled, updates, _like(updates, dimensions))
+
+    orthogonalize = optax.contrib.scale_by_muon(
+        beta=momentum, weight_dimension_numbers=lambda updates: _like(updates, dimensions)
+    )
+    return optax.chain(_sharded_by_compiler(orthogonalize), optax.stateless(rescale))
+
+
+def _sharded_by_compiler(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, leaving the layout of what stands between inputs and outputs to the compiler.
+
+    Newton-Schulz multiplies a matrix by its own transpose: under explicit axes both sides would claim one mesh axis.
+    """
+
+    def update(updates, state, params=None):
+        if current_mesh() is None:
+            return transform.update(updates, state, params)
+        layouts = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, (updates, state))
+        return jax.sharding.auto_axes(transform.update, out_sharding=layouts)(updates, state)
+
+    return optax.GradientTransformation(transform.init, update)
+
+
+def parameter_groups(tree: PyTree, depth: int = 2) -> dict[str, str]:
+    """Path of every parameter -> its group, the first `depth` modules on that path.
+
+    >>> parameter_groups({"blocks": {"mixer": {"norm": {"scale": 0}}}, "embedding": {"table": 0}})
+    {'blocks/mixer/norm/scale': 'blocks/mixer', 'embedding/table': 'embedding'}
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_param)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    return {name: "/".join(name.split("/")[:-1][:depth]) or name for name in names}
+
+
+def group_norms(tree: PyTree, depth: int = 2) -> dict[str, Float[Array, ""]]:
+    """L2 norm, in fp32, of each of the `parameter_groups` of parameters, gradients or updates.
+
+    A group whose norm is not finite is the one in which something went wrong.
+    """
+    squares: dict[str, Array] = {}
+    leaves = jax.tree.leaves(tree, is_leaf=_is_param)
+    for group, leaf in zip(parameter_groups(tree, depth).values(), leaves, strict=True):
+        square = sum(jnp.sum(jnp.square(array.astype(jnp.float32))) for array in jax.tree.leaves(leaf))
+        squares[group] = squares.get(group, 0.0) + square
+    return {group: jnp.sqrt(square) for group, square in squares.items()}
+
+
+def _is_param(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _like(tree: PyTree, values: list) -> PyTree:
+    """The values as leaves of a tree with the structure of `tree`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), values)

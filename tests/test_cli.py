@@ -1,0 +1,259 @@
+"""The command line: help, what a model costs, and bad input told in one sentence."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmem import cli
+from jaxmem.checkpoints import CheckpointStore
+from jaxmem.config import to_json
+from jaxmem.layers.attention import AttentionConfig
+from jaxmem.models.accounting import count_parameters
+from jaxmem.models.presets import PRESETS, preset
+from jaxmem.training.experiment import load_experiment
+from jaxmem.training.step import init_state
+
+TINY = Path(__file__).parent / "training" / "tiny.py"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where commands are run: an experiment, its text, and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    shutil.copy(TINY, "tiny.py")
+    Path("empty").mkdir()
+    Path("text").mkdir()
+    for i in range(4):
+        Path("text", f"{i}.txt").write_text(f"{i}: what a model of text remembers")
+    return tmp_path
+
+
+@pytest.fixture
+def written_run(folder):
+    """A run with a model of full attention, never trained, and two checkpoints."""
+    tiny = load_experiment("tiny.py")
+    model = dataclasses.replace(tiny.model, pattern=(AttentionConfig(n_heads=2),))
+    config = dataclasses.replace(tiny, model=model)
+    draw = np.random.default_rng(0).normal
+    arrays = {"params": jax.eval_shape(lambda: init_state(config)).params}
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), leaf.dtype), arrays)
+    with CheckpointStore("run/checkpoints", config.checkpoint, to_json(config)) as store:
+        store.save(1, arrays, {})
+        store.save(2, arrays, {})
+    Path("run", "config.json").write_text(json.dumps(to_json(config)))
+    return Path("run")
+
+
+def run(*words) -> int:
+    """The exit code of a command."""
+    try:
+        return cli.main([str(word) for word in words])
+    except SystemExit as end:  # of the argument parser
+        return end.code
+
+
+def jaxmem(*words, **environment) -> subprocess.CompletedProcess:
+    """A command as a process of its own, on one device."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | environment
+    command = [sys.executable, "-m", "jaxmem.cli", *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ((), ("train", "generate", "info", "Sequence models that remember", cli.TRACEBACK)),
+        (("train",), ("EXPERIMENT.py --help", "--out", "--resume")),
+        (
+            ("train", "tiny.py"),
+            ("--steps INT", "--optimizer.learning-rate", "--mesh.fsdp", "--data.batch-size", "--out"),
+        ),
+        (("generate",), ("--prompt", "--temperature", "--capacity", "Folder of a run")),
+        (("info",), ("Name of a preset, or an experiment file", "--context")),
+    ],
+    ids=" ".join,
+)
+def test_help(command, words, folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run(*command, "--help") == 0
+    printed = capsys.readouterr().out
+    assert [word for word in words if word not in printed] == []
+
+
+@pytest.mark.parametrize("model", ["quickstart", "mom-1.3b", "tiny.py"])
+def test_info_says_what_a_model_costs(model, folder, capsys):
+    assert run("info", model, "--context", 4096) == 0
+    printed = capsys.readouterr().out
+    for words in (f"{model}: ", "parameters: mixture of memories", "state bytes per sequence at 4,096 tokens"):
+        assert words in printed
+    shares = [float(line.split()[-1][:-1]) for line in printed.splitlines() if line.startswith("parameters: ")]
+    assert abs(sum(shares) - 100) < 0.5
+    (total,) = (line.split()[1] for line in printed.splitlines() if line.startswith("parameters  "))
+    config = load_experiment(model).model if model.endswith(".py") else preset(model)
+    assert total == f"{count_parameters(nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))):,}"
+
+
+def test_info_makes_no_array(folder):
+    """Else the largest preset would take gigabytes and minutes."""
+    assert max(PRESETS, key=lambda name: PRESETS[name]().d_model) == "mom-1.3b"
+    code = """
+        import re
+        from pathlib import Path
+        from jaxmem.cli import main
+        assert main(["info", "mom-1.3b"]) == 0
+        print(re.search("VmHWM:\\\\s*(\\\\d+) kB", Path("/proc/self/status").read_text())[1])
+    """
+    printed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert int(printed.stdout.split()[-1]) < 2**20, "KiB"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("info mom-34m", "preset: needs one of quickstart, .*, got 'mom-34m'; did you mean mom-340m"),
+        ("info quikstart", "did you mean quickstart"),
+        ("info nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
+        ("train nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
+        ("train tiny", "train: needs an experiment file that ends in .py, got 'tiny'; name one"),
+        (
+            "train wrong.py",
+            r"experiment: needs a function config\(\) that returns a TrainConfig, got none in 'wrong.py'",
+        ),
+        (
+            "train tiny.py --data.train empty",
+            "train data: needs at least one file, got train='empty' with none; put text",
+        ),
+        (
+            "train tiny.py --data.train nowhere",
+            "train data: needs an existing folder, .*, got train='nowhere'.*; correct",
+        ),
+        ("train tiny.py --steps 0", "TrainConfig: needs steps >= 1, got steps=0; change it"),
+        (
+            "train tiny.py --accumulate 3",
+            "needs data.batch_size divisible by accumulate, got batch_size=8, accumulate=3",
+        ),
+        (
+            "train tiny.py --model.vocab-size 99",
+            "needs model.vocab_size of at least the tokenizer's 256, got vocab_size=99",
+        ),
+        ("train tiny.py --mesh.data 3", "mesh: needs data x fsdp x seq x model = 8 devices, got .*'data': 3"),
+        ("train tiny.py --mesh.data 8", "needs 'batch' divisible by the 8 devices of mesh axes dataxfsdp, got batch=4"),
+        (
+            "train tiny.py --mesh.data 2 --mesh.model 4",
+            "divisible by the 4 devices of mesh axes model, got .*=2 in an array",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(words, message, folder, capfd):
+    Path("wrong.py").write_text("def settings(): pass\n")
+    assert run(*words.split()) == 2
+    (sentence,) = capfd.readouterr().err.splitlines()
+    assert sentence.startswith("jaxmem: ")
+    assert re.search(message, sentence), sentence
+    assert not Path("runs", "tiny", "config.json").exists()
+
+
+@pytest.mark.parametrize("words", ["", "trian", "train", "train tiny.py --stepz 3", "info mom-340m --context many"])
+def test_words_that_are_no_command_are_told_with_the_way_to_help(words, folder, capsys):
+    assert run(*words.split()) == 2
+    assert "--help" in capsys.readouterr().err
+
+
+def test_another_run_in_the_folder(folder, capsys):
+    Path("run").mkdir()
+    Path("run", "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 5.0}\n')
+    assert run("train", "tiny.py", "--out", "run") == 2
+    assert "needs a new folder for a new run, got 'run' with one in it; add --resume" in capsys.readouterr().err
+    config = json.dumps({"steps": 12, "seed": 7})
+    Path("run", "config.json").write_text(config)
+    assert run("train", "tiny.py", "--out", "run", "--resume") == 2
+    assert "needs the config of the run in 'run', got another: seed: checkpoint 7, now 0;" in capsys.readouterr().err
+    assert Path("run", "config.json").read_text() == config
+
+
+def test_generate_continues_a_prompt_and_passes_over_a_truncated_checkpoint(written_run, capsys):
+    words = ("generate", "run", "--prompt", "memory ", "--max-tokens", 8, "--seed", 3)
+    assert run(*words) == 0
+    text, told = capsys.readouterr()
+    assert text.startswith("memory ") and len(text.encode()) >= len("memory ") + 8
+    assert told.startswith("\n8 tokens, ") and "prompt of 8 tokens" in told
+    damaged = written_run / "checkpoints" / "2" / "run_config" / "run_config.json"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert run(*words) == 0
+    again, told = capsys.readouterr()
+    assert again == text
+    assert told.startswith("passed over: checkpoint 2 is damaged: run_config/run_config.json has ")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("generate empty", "run: needs a folder with a run, got 'empty' without config.json; name the --out of"),
+        ("generate run --step 7", r"checkpoints in run/checkpoints: needs one of the steps \[1, 2\], got step=7"),
+        (
+            "generate run --prompt memories --capacity 6",
+            "the prompt alone is longer than the cache.*; raise capacity or",
+        ),
+        ("generate run --max-tokens 9 --capacity 9", "got capacity=9 .the text would outgrow it.; raise capacity or"),
+        ("generate run --max-tokens 0", "needs max_tokens >= 1, got max_tokens=0"),
+    ],
+)
+def test_what_cannot_be_generated_is_one_sentence(words, message, written_run, capfd):
+    assert run(*words.split()) == 2
+    (sentence,) = capfd.readouterr().err.splitlines()
+    assert sentence.startswith("jaxmem: ") and re.search(message, sentence), sentence
+
+
+def test_a_vocabulary_that_does_not_match_the_checkpoint(written_run, capfd):
+    config = json.loads((written_run / "config.json").read_text())
+    config["model"]["vocab_size"] = 512
+    (written_run / "config.json").write_text(json.dumps(config))
+    assert run("generate", "run") == 2
+    (sentence,) = capfd.readouterr().err.splitlines()
+    assert (
+        "2: needs the arrays of this model, got params/embedding/table: checkpoint float32[256, 16], model" in sentence
+    )
+    assert "use the configuration saved in the checkpoint" in sentence
+
+
+def test_a_failure_is_1_and_ctrl_c_is_130(folder, capsys, monkeypatch):
+    def fail(error):
+        def train(*_, **__):
+            raise error
+
+        monkeypatch.setattr("jaxmem.training.loop.train", train)
+        return run("train", "tiny.py"), capsys.readouterr().err
+
+    assert fail(RuntimeError("step 3: needs a finite loss")) == (1, "jaxmem: step 3: needs a finite loss\n")
+    assert fail(OSError(28, "No space left on device", "x")) == (1, "jaxmem: [Errno 28] No space left on device: 'x'\n")
+    assert fail(KeyboardInterrupt()) == (130, "jaxmem: interrupted\n")
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(RuntimeError, match="step 3"):
+        fail(RuntimeError("step 3: needs a finite loss"))
+
+
+def test_a_process_says_one_sentence_or_shows_where(folder):
+    told = jaxmem("info", "mom-34m")
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr.count("\n") == 1 and told.stderr.startswith("jaxmem: preset: ")
+    shown = jaxmem("info", "mom-34m", **{cli.TRACEBACK: "1"})
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("Traceback") and told.stderr.removeprefix("jaxmem: ") in shown.stderr
+
+
+def test_help_does_not_wait_for_jax(folder):
+    code = "import sys, jaxmem.cli; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'orbax', 'grain')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

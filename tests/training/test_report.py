@@ -1,0 +1,183 @@
+"""The report of a realistic run, of a run without this or that, and of hostile text."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from jaxmem.evals.compression import compress_sizes
+from jaxmem.training.metrics import MetricsWriter, read_metrics
+from jaxmem.training.report import write_report
+
+LAYERS, MEMORIES, CONTEXT_TOKENS = ("2", "4", "6", "8"), 4, 512
+
+
+def zipf_text(n_words=8000, n_different=3000, seed=0):
+    """Words of random letters, the k-th most frequent with probability proportional to 1/k."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(rng.choice(list("etaoinshrdlu"), rng.integers(1, 9))) for _ in range(n_different)]
+    share = 1 / np.arange(1, n_different + 1)
+    return " ".join(rng.choice(words, n_words, p=share / share.sum())).encode()
+
+
+TEXT = zipf_text()
+
+
+def write_run(run_dir, n_steps=2000, eval_every=200, with_final=True, **final):
+    """A run that looks like one: falling loss, a spike, a slow first step, evaluations, a router that specialises."""
+    rng = np.random.default_rng(0)
+    edges = [0, *(2**i for i in range(CONTEXT_TOKENS.bit_length()))]
+    centres = np.sqrt(np.maximum(edges[:-1], 0.5) * np.array(edges[1:]))
+    with MetricsWriter(run_dir) as metrics:
+        for step in range(1, n_steps + 1):
+            level = 1.15 + 4.4 * math.exp(-step / 120) + 0.6 * (1 + step / 50) ** -0.7
+            loss = level + 0.06 * rng.standard_normal()
+            metrics.write(
+                "train",
+                step,
+                loss=loss,
+                bits_per_byte=loss / math.log(2),
+                grad_norm=0.4 * math.exp(0.25 * rng.standard_normal()) * (40 if step == n_steps * 2 // 3 else 1),
+                learning_rate=3e-4 * min(1, step / 100),
+                tokens_per_s=105e3,
+                step_s=31.0 if step == 1 else 0.155 + 0.01 * rng.exponential() + 0.2 * (step % eval_every == 0),
+                wait_s=0.004 + 0.003 * rng.exponential(),
+                load_balance=1 + 0.5 * math.exp(-step / 300),
+            )
+            if step % eval_every == 0:
+                by_position = (level + 0.1) / math.log(2) * (0.86 + 0.5 * (1 + centres) ** -0.5)
+                tilt = rng.dirichlet(np.full(MEMORIES, 1 + 4000 / step), len(LAYERS))
+                metrics.write(
+                    "eval",
+                    step,
+                    loss=level + 0.1,
+                    bits_per_byte=float(by_position[-3:].mean()),
+                    bits_per_byte_by_position=by_position,
+                    position_edges=edges,
+                    router_use=tilt,
+                    router_layers=LAYERS,
+                    n_bytes=len(TEXT),
+                )
+        if with_final:
+            metrics.write(
+                "final",
+                n_steps,
+                compression=compress_sizes([("held_out.txt", TEXT)], CONTEXT_TOKENS),
+                n_parameters=12_345_678,
+                n_tokens=n_steps * 16_384,
+                n_bytes=len(TEXT),
+                wall_s=371.2,
+                machine={"devices": "1 x CPU", "memory": "16 GiB"},
+                versions={"jaxmem": "0.1.0", "jax": "0.10.2", "python": "3.11.9"},
+                **{"prompt": "line 601: ", "sample": "67 words of a held-out file\n<b>5 & more</b>\n", **final},
+            )
+    config = {"model": {"layers": 8, "pattern": ["attention", "mixture"]}, "steps": n_steps, "note": "a < b"}
+    (run_dir / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "mixture-of-memories"
+    write_run(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(run_dir):
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return path.read_text()
+
+
+def svgs(page):
+    return re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+
+
+def test_all_figures_are_there_and_well_formed(page):
+    assert len(svgs(page)) == 7
+    assert "Not shown" not in page
+    for svg in svgs(page):
+        ET.fromstring(svg)
+
+
+def test_it_is_one_small_file_without_scripts_or_links(page):
+    assert len(page) < 2e6
+    assert not re.search(r"<script|<link|<img|@import|src=|url\((?!#)", page)
+    assert not [href for href in re.findall(r'href="([^"]*)"', page) if not href.startswith("#")]
+
+
+def test_drawings_take_every_colour_from_the_page(page):
+    for svg in svgs(page):
+        assert not re.findall(r"(?:fill|stroke): ?#(?:[0-9a-f]{6})", svg)
+
+
+def test_ids_of_different_figures_do_not_collide(page):
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in svgs(page)]
+    assert sum(map(len, ids)) == len(set().union(*ids))
+
+
+def test_the_summary_compares_with_the_compressors(page, run_dir):
+    summary = re.search(r'class="summary">(.*?)</p>', page).group(1)
+    evals = [line for line in read_metrics(run_dir) if line["kind"] == "eval"]
+    measured = f"{evals[-1]['bits_per_byte']:.3f}"
+    assert summary.startswith(f"After 2,000 steps the model needs {measured} bits per held-out byte")
+    assert "the best of gzip, bzip2 and xz on whole files" in summary
+
+
+def test_text_of_the_run_is_escaped(page):
+    assert "<b>line 601: </b>67 words of a held-out file\n&lt;b&gt;5 &amp; more&lt;/b&gt;" in page
+    assert "a &lt; b" in page
+
+
+def test_the_table_of_the_run_is_for_people(page):
+    for text in ("12,345,678", "32,768,000", "0:06:11", "devices: 1 x CPU, memory: 16 GiB", "jax: 0.10.2"):
+        assert f"<td>{text}" in page or f", {text}" in page
+
+
+def test_the_report_is_reproducible(run_dir, page):
+    assert write_report(run_dir).read_text() == page
+
+
+def test_a_killed_run_has_a_report(tmp_path):
+    write_run(tmp_path, n_steps=400, with_final=False)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    page = write_report(tmp_path).read_text()
+    assert "After 400 steps of a run that has not ended the model needs" in page
+    assert "Not shown, for lack of numbers: comparison with compressors." in page
+    assert len(svgs(page)) == 6
+
+
+def test_an_empty_run_has_a_report(tmp_path):
+    MetricsWriter(tmp_path).close()
+    page = write_report(tmp_path).read_text()
+    assert "After 0 steps nothing held out has been measured yet." in page
+    assert svgs(page) == []
+
+
+def test_a_diverged_run_has_a_report(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        for step in range(1, 50):
+            bad = math.nan if step > 30 else 100.0 / step
+            metrics.write("train", step, loss=bad, grad_norm=math.inf if step > 30 else 1.0, step_s=0.1)
+            if step % 10 == 0:
+                metrics.write("eval", step, loss=bad, bits_per_byte=bad)
+    page = write_report(tmp_path).read_text()
+    assert "Not finite, so not drawn: 19 steps." in page
+    assert "needs nan bits per held-out byte" in page
+
+
+def test_without_metrics_there_is_no_report(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_importing_the_report_does_not_import_matplotlib():
+    code = "import sys, jaxmem.training.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
