@@ -31,6 +31,8 @@ from jaxmem.checkpoints.reading import (
     saved_metrics,
 )
 
+_RETIRED = "retired"
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -154,6 +156,7 @@ class CheckpointStore:
         """
         with self._failure_explained():
             self._manager.wait_until_finished()
+        self._delete_retired()
 
     def restore(self, abstract_tree: Any, step: int | None = None) -> Restored:
         """`load_checkpoint` from this directory; newer checkpoints that are damaged are renamed out of the way.
@@ -191,8 +194,15 @@ class CheckpointStore:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
+            todelete_subdir=_RETIRED,  # renamed, which is atomic: a kill must not leave half of an old checkpoint
         )
+        self._delete_retired()
         self._manager = ocp.CheckpointManager(self._directory, options=options, handler_registry=registry)
+
+    def _delete_retired(self) -> None:
+        """Frees the space of the checkpoints that orbax has put away."""
+        if ocp.multihost.is_primary_host(0):
+            (self._directory / _RETIRED).rmtree(missing_ok=True)
 
     @contextlib.contextmanager
     def _failure_explained(self) -> Iterator[None]:

@@ -350,6 +350,17 @@ def test_a_full_disk_is_told_by_the_next_save_and_at_the_end(tmp_path):
             store.close()
 
 
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_half_of_it(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "retired" / "0" / "arrays").mkdir(parents=True)  # a kill between orbax's rename and the deletion
+    with open_store(tmp_path, keep_last=1, keep_best=0) as store:
+        assert os.listdir(tmp_path) == ["1"]
+        store.save(2, arrays(2), {})
+        store.save(3, arrays(3), {})
+        assert not (tmp_path / "1").exists(), "the next save frees the space of what the last one replaced"
+    assert os.listdir(tmp_path) == ["3"]
+
+
 SAVES_UNTIL_KILLED = """
     import sys
     import jax, jax.numpy as jnp, numpy as np
