@@ -10,13 +10,17 @@ lower-triangular system, so a chunk costs a few [C, C] and [C, K] x [K, V] produ
     (I + A) [U | W] = [beta V | beta d K],   A_ij = beta_i (k_i . k_j) D_ij for j < i
     U' = U - W S,   O = (d Q) S + (Q K^T * D) U',   S <- d_C S + (D_C: K)^T U'
 
+Chunks are worked on in groups: only U' and S go from chunk to chunk, all else is one batch of products. The backward pass
+keeps the inputs and a state per group, and recomputes the rest group by group: little memory, most of it in cache.
+
 Sums of log-decays are formed directly, never as differences of running sums, so that strong decays and -inf lose nothing
 in values or gradients. Chunks may belong to different memories (`chunk_memory`): each is folded into its own state.
 
-Cost per token and head: about 2 C (K + V) + 8 K V FLOPs; state K V floats.
+Cost per token and head: see `rule_flops`; state K V floats.
 Reference: Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464, equations 10 and 12-14.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -25,6 +29,9 @@ import jax.numpy as jnp
 from jaxmem.typing import Array, Float, Int
 
 Implementation = Literal["reference", "xla"]
+
+GROUP_CHUNKS = 16
+"""Chunks worked on at once, and recomputed at once in the backward pass: as many as stay in a CPU's cache."""
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -110,61 +117,114 @@ def chunks(
     A chunk never holds tokens of two memories; tokens that are not there have q = k = v = g = beta = 0.
     """
     n_chunks = chunk_memory.shape[1]
+    per_group = min(n_chunks, min(range(GROUP_CHUNKS, GROUP_CHUNKS // 2, -1), key=lambda n: -n_chunks % n))
+    idle = -n_chunks % per_group  # chunks without tokens, which leave the last memory as it is
 
-    def split(a: Array) -> Array:  # [B, T, H, ...] -> [N, B, H, C, ...]
-        a = a.reshape(a.shape[0], n_chunks, -1, *a.shape[2:])
-        return jnp.moveaxis(jnp.moveaxis(a, 3, 2), 0, 1)
+    def grouped(a: Array, **how: str) -> Array:  # [B, chunks, ...] -> [groups, B, N, ...]
+        a = jnp.pad(a, [(0, 0), (0, idle)] + [(0, 0)] * (a.ndim - 2), **how)
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, per_group, *a.shape[2:]), 1, 0)
 
-    prepared = _prepare(jax.tree.map(split, x))
-    rows = jnp.arange(memories.shape[0])
-
-    def body(memories, inputs):
-        chunk, memory = inputs
-        state = memories[:, 0] if memories.shape[1] == 1 else memories[rows, memory]
-        o, state = _across(chunk, state)
-        return state[:, None] if memories.shape[1] == 1 else memories.at[rows, memory].set(state), o
-
-    memories, o = jax.lax.scan(body, memories, (prepared, chunk_memory.T))
-    o = jnp.moveaxis(jnp.moveaxis(o, 0, 1), 2, 3)  # [N, B, H, C, V] -> [B, N, C, H, V]
-    return o.reshape(o.shape[0], -1, *o.shape[3:]), memories
+    inputs = jax.tree.map(lambda a: grouped(a.reshape(a.shape[0], n_chunks, -1, *a.shape[2:])), x)
+    memories, o = jax.lax.scan(_group, memories, (inputs, grouped(chunk_memory, mode="edge")))
+    o = jnp.moveaxis(o, 0, 1)  # [groups, B, N, C, H, V] -> [B, groups, N, C, H, V]
+    return o.reshape(o.shape[0], -1, *o.shape[4:])[:, : x.q.shape[1]], memories
 
 
-class _Chunk(NamedTuple):
-    """What a chunk's tokens do with any state that comes in: everything that is parallel over chunks."""
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _group(
+    memories: Float[Array, "B M H K V"], inputs: tuple[Inputs, Int[Array, "B N"]]
+) -> tuple[Float[Array, "B M H K V"], Float[Array, "B N C H V"]]:
+    x, visited = inputs
+    x = jax.tree.map(lambda a: jnp.moveaxis(jnp.moveaxis(a, 3, 2), 1, 0), x)  # [B, N, C, H, ...] -> [N, B, H, C, ...]
+    chunk, q, inside = _prepare(x)
+    starts, written, memories = hand_on(chunk, memories, visited.T)
+    o = _dot("...ck,...kv->...cv", q, starts) + _dot("...ij,...jv->...iv", inside, written)
+    return memories, jnp.moveaxis(jnp.moveaxis(o, 0, 1), 2, 3)
 
-    u: Float[Array, "*N C V"]
-    """Writes into an empty state."""
-    wq: Float[Array, "*N 2C K"]
-    """What reads the incoming state: W, to correct the writes, above the decayed queries."""
-    out: Float[Array, "*N C+K C"]
-    """What becomes of the writes: reads by this chunk's queries, above keys that carry them to its end."""
+
+class Chunk(NamedTuple):
+    """What a chunk does with the state S that comes in: it writes U' = U - W S and leaves decay S + keys^T U' behind."""
+
     decay: Float[Array, "*N"]
-    """Of the state over the whole chunk."""
+    w: Float[Array, "*N C K"]
+    u: Float[Array, "*N C V"]
+    keys: Float[Array, "*N C K"]
+    """Decayed to the end of the chunk."""
 
 
-def _prepare(x: Inputs) -> _Chunk:
-    """Two products with k, one inverse, one product with it: few and large, for a matrix unit."""
+def _prepare(x: Inputs) -> tuple[Chunk, Float[Array, "*N C K"], Float[Array, "*N C C"]]:
+    """The chunk's map, what reads the state that comes in, and what reads the chunk's own writes.
+
+    Two products with k, one inverse, one product with it: few and large, for a matrix unit.
+    """
     size, value = x.k.shape[-2], x.v.shape[-1]
     lower, before, through, after = decays(x.g)
     beta = x.beta[..., None]
     overlap = _dot("...ik,...jk->...ij", jnp.concatenate([beta * x.k, x.q], axis=-2), x.k)
     solve = unit_lower_inverse(jnp.tril(overlap[..., :size, :] * lower, -1))
     uw = _dot("...ij,...jv->...iv", solve, beta * jnp.concatenate([x.v, before[..., None] * x.k], axis=-1))
-    keys = jnp.swapaxes(x.k * after[..., None], -1, -2)
-    return _Chunk(
-        u=uw[..., :value],
-        wq=jnp.concatenate([uw[..., value:], before[..., None] * x.q], axis=-2),
-        out=jnp.concatenate([overlap[..., size:, :] * lower, keys], axis=-2),
-        decay=through,
+    chunk = Chunk(through, uw[..., value:], uw[..., :value], after[..., None] * x.k)
+    return chunk, before[..., None] * x.q, overlap[..., size:, :] * lower
+
+
+@jax.custom_vjp
+def hand_on(
+    chunk: Chunk, memories: Float[Array, "B M H K V"], visited: Int[Array, "N B"]
+) -> tuple[Float[Array, "N B H K V"], Float[Array, "N B H C V"], Float[Array, "B M H K V"]]:
+    """All that has to happen in order: per chunk the state that comes in and U'; and the memories in the end.
+
+    Its backward pass goes through the chunks once more, with two products each; those of cotangents with states are formed
+    for all chunks at once.
+    """
+
+    def body(memories, inputs):
+        x, visited = inputs
+        start = _visit(memories, visited)
+        written = x.u - _dot("...ck,...kv->...cv", x.w, start)
+        end = x.decay[..., None, None] * start + _dot("...ck,...cv->...kv", x.keys, written)
+        return _leave(memories, visited, end), (start, written)
+
+    memories, (starts, written) = jax.lax.scan(body, memories, (chunk, visited))
+    return starts, written, memories
+
+
+def _hand_on_forward(chunk, memories, visited):
+    starts, written, memories = hand_on(chunk, memories, visited)
+    return (starts, written, memories), (chunk, starts, written, visited)
+
+
+def _hand_on_backward(saved, cotangents):
+    chunk, starts, written, visited = saved
+    d_starts, d_written, d_memories = cotangents
+
+    def body(d_memories, inputs):
+        x, d_start, d_written, visited = inputs
+        d_end = _visit(d_memories, visited)
+        d_written = d_written + _dot("...ck,...kv->...cv", x.keys, d_end)
+        d_start = d_start + x.decay[..., None, None] * d_end - _dot("...ck,...cv->...kv", x.w, d_written)
+        return _leave(d_memories, visited, d_start), (d_written, d_end)
+
+    d_memories, (d_written, d_ends) = jax.lax.scan(
+        body, d_memories, (chunk, d_starts, d_written, visited), reverse=True
     )
+    d_chunk = Chunk(
+        decay=jnp.sum(d_ends * starts, axis=(-2, -1)),
+        w=-_dot("...cv,...kv->...ck", d_written, starts),
+        u=d_written,
+        keys=_dot("...cv,...kv->...ck", written, d_ends),
+    )
+    return d_chunk, d_memories, None
 
 
-def _across(x: _Chunk, state: Float[Array, "B H K V"]) -> tuple[Float[Array, "B H C V"], Float[Array, "B H K V"]]:
-    size = x.u.shape[-2]
-    read = _dot("...ck,...kv->...cv", x.wq, state)
-    written = _dot("...ij,...jv->...iv", x.out, x.u - read[..., :size, :])
-    o = read[..., size:, :] + written[..., :size, :]
-    return o, x.decay[..., None, None] * state + written[..., size:, :]
+hand_on.defvjp(_hand_on_forward, _hand_on_backward)
+
+
+def _visit(memories: Float[Array, "B M H K V"], visited: Int[Array, "B"]) -> Float[Array, "B H K V"]:
+    return memories[:, 0] if memories.shape[1] == 1 else memories[jnp.arange(memories.shape[0]), visited]
+
+
+def _leave(memories: Array, visited: Array, state: Array) -> Array:
+    return state[:, None] if memories.shape[1] == 1 else memories.at[jnp.arange(memories.shape[0]), visited].set(state)
 
 
 def decays(g: Float[Array, "*N C"]) -> tuple[Array, Array, Array, Array]:

@@ -100,8 +100,8 @@ def relative_rms(got, want):
 def assert_close(got, want, tolerance=1e-5, cancelling=()):
     """Relative RMS of every array below tolerance; twice that for arrays named in `cancelling`.
 
-    The gradients of a_log and dt_bias are one number per head, a sum over all tokens of terms of both signs that mostly cancel. Eight
-    devices add it up in another order than one, which once moved it by 1.04e-5.
+    The gradients of a_log and dt_bias are one number per head, a sum over all tokens of terms of both signs that mostly
+    cancel. Eight devices add it up in another order than one, which once moved it by 1.04e-5.
     """
     got, want = (jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want))
     errors = {jax.tree_util.keystr(path): relative_rms(a, b) for (path, a), (_, b) in zip(got, want, strict=True)}
