@@ -56,9 +56,7 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
             distributed: This is one of several processes; find the others first (jax.distributed.initialize).
         """
         if distributed:
-            import jax
-
-            jax.distributed.initialize()
+            _find_other_processes()
         from jaxmem.training.loop import train
 
         if os.environ.get(TRACEBACK) != "1":
@@ -77,6 +75,19 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
         raise ValueError(f"train: needs an experiment file that ends in .py, got {experiment!r}; name one")
 
     return train_file if path else train_nothing
+
+
+def _find_other_processes() -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            "train --distributed: needs a cluster that JAX recognises (a TPU pod, Slurm, Open MPI, Kubernetes), "
+            f"got none ({error}); start it there, or write a script that calls jax.distributed.initialize(...) with "
+            "addresses and then jaxmem.cli.main()"
+        ) from error
 
 
 def _quieten_failed_saves() -> None:

@@ -245,6 +245,17 @@ def test_a_failure_is_1_and_ctrl_c_is_130(folder, capsys, monkeypatch):
         fail(RuntimeError("step 3: needs a finite loss"))
 
 
+def test_processes_that_cannot_find_each_other(folder, capsys, monkeypatch):
+    def nobody():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    assert run("train", "tiny.py", "--distributed") == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("jaxmem: train --distributed: needs a cluster that JAX recognises (a TPU pod, Slurm,")
+    assert "got none (coordinator_address should be defined.); start it there, or write a script" in sentence
+
+
 def test_a_process_says_one_sentence_or_shows_where(folder):
     told = jaxmem("info", "mom-34m")
     assert (told.returncode, told.stdout) == (2, "")

@@ -144,7 +144,8 @@ def test_gradients_keep_the_layout_and_dtype_of_their_parameter(mesh):
         got = gradient(w, x)
     assert seen["gradient"] == P("fsdp", "model") and got.dtype == jnp.float32
     assert got.sharding.is_equivalent_to(w.sharding, 2)
-    np.testing.assert_allclose(got, wanted, rtol=1e-2, atol=1e-2)  # rows of a bf16 product are summed in other orders
+    # Each of four devices rounds its part of the sum over tokens, up to 6, to the 8 bits of bf16.
+    np.testing.assert_allclose(got, wanted, rtol=1e-2, atol=6 * 2**-8)
 
 
 def test_stored_like_puts_a_gradient_where_its_parameter_is(mesh):

@@ -24,7 +24,7 @@ from jaxmem.training.placement import on_mesh
 from jaxmem.training.step import init_state, make_train_step, merge, target_weights
 
 B, T, VOCAB = 8, 16, 64
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+FAST = {"xla_backend_optimization_level": 0}
 """Compiler options: these programs run for milliseconds and compile for seconds."""
 
 EVERY_MIXER = (

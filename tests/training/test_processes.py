@@ -1,0 +1,123 @@
+"""One run on two processes that find each other over the network: killed, stopped by a signal, and gone on with.
+
+Slow: every process compiles its own step.
+"""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxmem.checkpoints import complete_steps
+from jaxmem.sharding import MeshConfig
+from jaxmem.training.experiment import load_experiment
+from jaxmem.training.loop import train
+from jaxmem.training.run import load_run
+
+pytestmark = pytest.mark.slow
+
+TINY = Path(__file__).with_name("tiny.py")
+STEPS = 48
+PATIENCE_S = 300
+MEMBER = """
+import sys, jax
+address, index = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(address, num_processes=2, process_id=index)
+from jaxmem.cli import main
+sys.exit(main(sys.argv[3:]))
+"""
+OPTIONS = ("--steps", str(STEPS), "--checkpoint.every-steps", "8", "--eval-every-steps", "16")
+MESH = MeshConfig(data=1, fsdp=2)  # every parameter is half on one process and half on the other
+ON_MESH = ("--mesh.data", "1", "--mesh.fsdp", "2")
+
+
+class Pair:
+    """Two processes of one device each that train the tiny experiment together."""
+
+    def __init__(self, work: Path, out: str):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TF_"))} | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        }
+        command = ("train", str(TINY), "--out", out, "--resume", *OPTIONS, *ON_MESH)
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", MEMBER, address, str(index), *command],
+                cwd=work,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+
+    def finish(self) -> tuple[str, str]:
+        """What both printed, when both are done and neither complained."""
+        printed = [process.communicate(timeout=PATIENCE_S) for process in self.processes]
+        for process, (_, errors) in zip(self.processes, printed, strict=True):
+            assert process.returncode == 0, errors
+        return printed[0][0], printed[1][0]
+
+    def wait_until(self, happened) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not happened():
+            assert time.monotonic() < end and all(process.poll() is None for process in self.processes)
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    printed = Pair(work, "whole-by-two").finish()
+    assert f"step {STEPS}/{STEPS}" in printed[0]
+    assert not [line for line in printed[1].splitlines() if not line.startswith("[Gloo]")], "the first speaks for both"
+    return work / "whole-by-two"
+
+
+def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, compare):
+    run_dir = work / "interrupted-by-two"
+    checkpoints = run_dir / "checkpoints"
+    killed = Pair(work, run_dir.name)
+    killed.wait_until(lambda: complete_steps(checkpoints))
+    killed.kill()
+    left = complete_steps(checkpoints)[-1]
+
+    written = (run_dir / "metrics.jsonl").stat().st_mtime_ns
+    stopped = Pair(work, run_dir.name)
+    stopped.wait_until(lambda: (run_dir / "metrics.jsonl").stat().st_mtime_ns != written)  # both have found each other
+    stopped.processes[1].send_signal(signal.SIGTERM)
+    printed, _ = stopped.finish()
+    step = complete_steps(checkpoints)[-1]
+    assert f"resumed from the checkpoint of step {left}" in printed
+    assert f"another process's signal: stopped after step {step}, all is saved" in printed
+    assert step % 16 == 0 and left < step < STEPS, "all processes stop at one step"
+
+    printed = Pair(work, run_dir.name).finish()
+    assert f"resumed from the checkpoint of step {step}" in printed[0]
+    config = dataclasses.replace(load_experiment(TINY), steps=STEPS)
+    compare(config, run_dir, whole)
+
+
+def test_what_two_processes_made_is_read_by_one_but_goes_on_with_two(work, whole, monkeypatch):
+    loaded = load_run(whole)
+    assert loaded.step == STEPS and not loaded.notes
+    assert loaded.config.mesh == MESH
+    monkeypatch.chdir(work)
+    config = dataclasses.replace(loaded.config, steps=STEPS + 1, mesh=MeshConfig(data=2, fsdp=2, model=2))
+    with pytest.raises(ValueError, match="needs the 2 processes that read the data before, got 1; start as many"):
+        train(config, whole, resume=True)
