@@ -17,23 +17,30 @@ from jaxmem.typing import Array, Bool, Int, Shaped
 
 
 class Packing(NamedTuple):
-    """Where I = M (W-1) + (items) things go in a buffer of P = N C places; a number past the end means nowhere."""
+    """Where things, first the history of every memory, then I items in the order they came, go in a buffer of P = N C
+    places; a number past the end means nowhere."""
 
-    place: Int[Array, "B I"]
-    """The place of each thing: first the history of every memory, then the items in the order they came."""
+    history: Int[Array, "B past"]
+    """The place of each thing of the past, M (W-1) of them."""
+    items: Int[Array, "B I"]
+    """The place of each item."""
     thing: Int[Array, "B P"]
     """The thing at each place."""
     chunk_memory: Int[Array, "B N"]
     """The memory each chunk belongs to."""
     end: Int[Array, "B M"]
     """The place behind each memory's last item (or behind its history, if it has none)."""
-    n_history: int
-    """M (W-1): things before this number are history."""
+
+    @property
+    def place(self) -> Int[Array, "B past+I"]:
+        """The place of each thing."""
+        return jnp.concatenate([self.history, self.items], axis=1)
 
     @property
     def holds_item(self) -> Bool[Array, "B P"]:
         """True at places that hold a new item, not history and not nothing."""
-        return (self.thing >= self.n_history) & (self.thing < self.place.shape[1])
+        n_history = self.history.shape[1]
+        return (self.thing >= n_history) & (self.thing < n_history + self.items.shape[1])
 
 
 def pack_by_memory(memory: Int[Array, "B I"], n_memories: int, n_history: int, chunk_tokens: int) -> Packing:
@@ -54,26 +61,25 @@ def pack_by_memory(memory: Int[Array, "B I"], n_memories: int, n_history: int, c
         chunk_end = jnp.cumsum(chunks)
         start = (chunk_end - chunks) * chunk_tokens
 
-        history = start[:, None] + jnp.arange(n_history)
+        history = (start[:, None] + jnp.arange(n_history)).reshape(-1)
         items = jnp.sum(jnp.where(chosen, start + n_history + order - 1, 0), axis=1)
         items = jnp.where(chosen.any(axis=1), items, n_places)
-        place = jnp.concatenate([history.reshape(-1), items])
+        place = jnp.concatenate([history, items])
         thing = jnp.full(n_places, place.size).at[place].set(jnp.arange(place.size), mode="drop")
         chunk_memory = jnp.sum(jnp.arange(n_chunks)[:, None] >= chunk_end, axis=1)
-        return place, thing, jnp.minimum(chunk_memory, n_memories - 1), start + n_history + count
+        return Packing(history, items, thing, jnp.minimum(chunk_memory, n_memories - 1), start + n_history + count)
 
-    return Packing(*jax.vmap(of_row)(memory), n_history=n_memories * n_history)
+    return jax.vmap(of_row)(memory)
 
 
-def pack(packing: Packing, things: Shaped[Array, "B I *x"]) -> Shaped[Array, "B P *x"]:
+def pack(packing: Packing, things: Shaped[Array, "B things *x"]) -> Shaped[Array, "B P *x"]:
     """The things at their places; 0 where there is none."""
     return _move(things, packing.thing, packing.place)
 
 
-def unpack(packing: Packing, buffer: Shaped[Array, "B P *x"]) -> Shaped[Array, "B items *x"]:
+def unpack(packing: Packing, buffer: Shaped[Array, "B P *x"]) -> Shaped[Array, "B I *x"]:
     """The new items back in the order they came; 0 for those that went nowhere."""
-    items = _move(buffer, packing.place, packing.thing)
-    return items[:, packing.n_history :]
+    return _move(buffer, packing.place, packing.thing)[:, packing.history.shape[1] :]
 
 
 @jax.custom_vjp

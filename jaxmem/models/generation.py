@@ -25,8 +25,8 @@ import numpy as np
 
 from jaxmem.models.decoder import Decoder
 from jaxmem.models.sampling import SamplingConfig, sample
+from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.sharding import current_mesh, current_rules, use_mesh
-from jaxmem.training.tokenizer import Tokenizer
 from jaxmem.typing import Array, Bool, Int, PRNGKeyArray, PyTree
 
 PREFILL_TOKENS = 128

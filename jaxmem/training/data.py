@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Int
 
+from jaxmem.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from jaxmem.training.formats import Formats
 from jaxmem.training.pieces import Pieces, index_pieces
 from jaxmem.training.sources import DataReport, find_files, heldout_names, is_heldout_record
-from jaxmem.training.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import grain

@@ -11,13 +11,13 @@ from flax import nnx
 from jaxmem import __version__
 from jaxmem.evals.compression import compress_sizes
 from jaxmem.models.accounting import count_parameters
+from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.training.evaluation import Evaluation
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.metrics import MetricsWriter
 from jaxmem.training.pieces import Pieces
 from jaxmem.training.report import write_report
 from jaxmem.training.step import merge
-from jaxmem.training.tokenizer import Tokenizer
 
 
 def finish(

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from jaxmem.checkpoints import CheckpointStore, complete_steps, config_differences
 from jaxmem.config import to_json
+from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.sharding import current_rules, make_mesh, use_mesh
 from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
 from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
@@ -29,7 +30,6 @@ from jaxmem.training.metrics import MetricsWriter, read_metrics, replace_file
 from jaxmem.training.placement import any_process, gather_states, on_devices, on_mesh, scatter_state, to_host
 from jaxmem.training.progress import Progress
 from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step
-from jaxmem.training.tokenizer import Tokenizer, load_tokenizer
 
 MAY_CHANGE = ("steps", "checkpoint", "mesh", "eval_every_steps", "eval_bytes", "sample_prompt", "sample_tokens")
 """Fields of a TrainConfig that a resumed run may change."""

@@ -14,9 +14,9 @@ from io import BufferedIOBase
 import numpy as np
 from jaxtyping import Int
 
+from jaxmem.models.tokenizer import replace_undecodable
 from jaxmem.training.formats import Format, undecodable_bytes
 from jaxmem.training.sources import DataReport, SourceFile
-from jaxmem.training.tokenizer import replace_undecodable
 
 FILE, POSITION, START, SIZE = range(4)
 GOLDEN_RATIO = 0.6180339887498949

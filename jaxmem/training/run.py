@@ -9,9 +9,9 @@ import jax
 from jaxmem.checkpoints import load_checkpoint
 from jaxmem.config import from_json
 from jaxmem.models.decoder import Decoder
+from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.step import init_state, merge
-from jaxmem.training.tokenizer import Tokenizer, load_tokenizer
 
 
 class LoadedRun(NamedTuple):

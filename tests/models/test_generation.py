@@ -18,8 +18,8 @@ from jaxmem.models import generation
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.models.generation import generate, generate_text, state_bytes
 from jaxmem.models.sampling import SamplingConfig
+from jaxmem.models.tokenizer import ByteTokenizer
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
-from jaxmem.training.tokenizer import ByteTokenizer
 
 PIECE, VOCAB, CAPACITY = 16, 300, 64
 GREEDY, WARM = SamplingConfig(temperature=0), SamplingConfig(temperature=1.0)

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 
+from jaxmem.models.tokenizer import ByteTokenizer, FileTokenizer
 from jaxmem.training.data import (
     GROUP_BATCHES,
     DataConfig,
@@ -20,7 +21,6 @@ from jaxmem.training.data import (
     train_batches,
     training_pieces,
 )
-from jaxmem.training.tokenizer import ByteTokenizer, FileTokenizer
 
 CONTEXT, ROWS = 24, 4
 BOS = ByteTokenizer.bos_id

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxmem.checkpoints import CheckpointConfig, CheckpointStore, best_step, complete_steps, load_checkpoint
 from jaxmem.config import from_json, to_json
+from jaxmem.models.tokenizer import load_tokenizer
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.training import loop
 from jaxmem.training.experiment import load_experiment
@@ -22,7 +23,6 @@ from jaxmem.training.loop import NotFinite, Outcome, stop_on_signals, train
 from jaxmem.training.metrics import read_metrics
 from jaxmem.training.run import load_run
 from jaxmem.training.step import init_state
-from jaxmem.training.tokenizer import load_tokenizer
 
 TINY = Path(__file__).with_name("tiny.py")
 SAVED = (3, 6, 8)

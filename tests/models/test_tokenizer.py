@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxmem.training.tokenizer import BOS_NAMES, ByteTokenizer, FileTokenizer, load_tokenizer
+from jaxmem.models.tokenizer import BOS_NAMES, ByteTokenizer, FileTokenizer, load_tokenizer
 
 TEXT = "the cat sat — hélas — on the mat 😀, the end"
 
