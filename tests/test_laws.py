@@ -396,7 +396,7 @@ def test_state_keeps_its_structure_and_dtypes(name, n_tokens):
     layer = sample(name).layer
     state = jax.eval_shape(lambda: layer.init_state(3, capacity=CAPACITY, dtype=jnp.bfloat16))
     x = jax.ShapeDtypeStruct((3, n_tokens, D), jnp.bfloat16)
-    assert jax.eval_shape(layer, x, state) == (x, state)
+    assert jax.eval_shape(lambda layer, x, state: layer(x, state), layer, x, state) == (x, state)
 
 
 @every_mixer

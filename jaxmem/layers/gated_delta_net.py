@@ -160,7 +160,7 @@ class GatedOutput(nnx.Module):
         return einsum("bthv,hvd->btd", self.norm(o).astype(x.dtype) * gate, self.out[...], ("batch", "time", "embed"))
 
 
-def split_qkv(qkv: Float[Array, "*tokens H 2K+V"], key_dim: int) -> tuple[Array, Array, Array]:
+def split_qkv(qkv: Float[Array, "*tokens H channels"], key_dim: int) -> tuple[Array, Array, Array]:
     """q, k and v of convolved channels: silu, then q and k at unit length."""
     q, k, v = jnp.split(jax.nn.silu(qkv), [key_dim, 2 * key_dim], axis=-1)
     return l2_normalize(q), l2_normalize(k), v

@@ -13,7 +13,7 @@ stands at the end of a row (a row may be nothing but padding). Documents do not 
 seen nor remembered. Without segment ids all tokens continue the document that the state is in.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Tokens(NamedTuple):
         return self.segment != 0
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """What models ask of a sequence mixer (see the module docstring)."""
 
@@ -65,6 +66,7 @@ class Mixer(Protocol):
     ) -> tuple[Float[Array, "B T D"], PyTree]: ...
 
 
+@runtime_checkable
 class MixerConfig(Protocol):
     """The frozen dataclass that describes a mixer and builds it."""
 

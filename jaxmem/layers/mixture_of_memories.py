@@ -295,7 +295,7 @@ class MixtureOfMemories(nnx.Module):
 
 
 def delta_rule_inputs(
-    qkv: Float[Array, "*tokens H 2K+V"], gates: Float[Array, "*tokens H 2"], key_dim: int, starts: Array
+    qkv: Float[Array, "*tokens H channels"], gates: Float[Array, "*tokens H 2"], key_dim: int, starts: Array
 ) -> Inputs:
     """The streams of the recurrence: gates are (log-decay, write strength); a document that starts forgets everything."""
     q, k, v = (x.astype(jnp.float32) for x in split_qkv(qkv, key_dim))

@@ -32,7 +32,7 @@ class Packing(NamedTuple):
     """The place behind each memory's last item (or behind its history, if it has none)."""
 
     @property
-    def place(self) -> Int[Array, "B past+I"]:
+    def place(self) -> Int[Array, "B things"]:
         """The place of each thing."""
         return jnp.concatenate([self.history, self.items], axis=1)
 

@@ -19,8 +19,8 @@ from jaxmem.typing import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 
 def convolve(
-    items: Float[Array, "B W-1+T *channels"], segment: Int[Array, "B W-1+T"], weight: Float[Array, "W *channels"]
-) -> Float[Array, "B T *channels"]:
+    items: Float[Array, "B S *channels"], segment: Int[Array, "B S"], weight: Float[Array, "W *channels"]
+) -> Float[Array, "B S-W+1 *channels"]:
     """Convolves inputs that already stand behind their W-1 predecessors; the output lines up with items[:, W-1:].
 
     Sums in fp32, returns items.dtype.
@@ -40,9 +40,9 @@ def convolve(
 
 
 def last_items(
-    items: Float[Array, "B W-1+T *channels"], segment: Int[Array, "B W-1+T"], end: Int[Array, "B"], width: int
-) -> tuple[Float[Array, "B W-1 *channels"], Int[Array, "B"]]:
-    """The state behind items[:, :end]: its last W-1 items, 0 where they are of another document than the last, and
+    items: Float[Array, "B S *channels"], segment: Int[Array, "B S"], end: Int[Array, "B"], width: int
+) -> tuple[Float[Array, "B {width}-1 *channels"], Int[Array, "B"]]:
+    """The state behind items[:, :end]: its last width - 1 items, 0 where they are of another document than the last, and
     the segment id of the last."""
 
     def of_row(items, segment, end):

@@ -51,7 +51,7 @@ def sample(logits: Float[Array, "B Vocab"], key: PRNGKeyArray, config: SamplingC
 
     Cost: O(Vocab) per row; top_k selects k and top_p without top_k sorts the row.
 
-    >>> sample(jnp.array([[1.0, 3.0, 3.0]]), jax.random.key(0), SamplingConfig(temperature=0)).tolist()
+    >>> sample(jnp.array([[1.0, 3.0, 3.0]]), jax.random.key(0), SamplingConfig(temperature=0.0)).tolist()
     [1]
     """
     if config.temperature == 0:

@@ -1,7 +1,5 @@
 """The attention layer: one result however the sequence is cut, packed, padded, cached or sharded."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxmem.layers.attention import Attention, AttentionConfig
-from jaxmem.sharding import MeshConfig, constrain, make_mesh, use_mesh
+from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 
 B, T, D = 2, 24, 16
 CONFIGS = {
@@ -50,29 +48,6 @@ def in_pieces(layer, x, cuts, segment_ids=None, capacity=T):
         y, state = layer(x[:, start:stop], state, segment_ids=ids)
         ys.append(y)
     return jnp.concatenate(ys, axis=1), state
-
-
-def value_and_gradients(f, layer, x):
-    """(y, state) of f(layer, x), and the gradients of a loss of both with respect to parameters and x."""
-
-    @partial(jax.jit, static_argnums=0)
-    def run(graph, params, x):
-        def loss(params, x):
-            y, state = f(nnx.merge(graph, params), x)
-            return sum(jnp.sum(jnp.sin(a)) for a in (y, state.k, state.v)), (y, state)
-
-        return jax.grad(loss, (0, 1), has_aux=True)(params, x)
-
-    gradients, result = run(*nnx.split(layer), x)
-    return result, gradients
-
-
-@pytest.mark.parametrize("name", ["full", "window"])
-def test_split_anywhere_is_the_whole(name):
-    layer, x = make(CONFIGS[name])
-    want = value_and_gradients(lambda layer, x: layer(x, segment_ids=PACKED), layer, x)
-    got = value_and_gradients(lambda layer, x: in_pieces(layer, x, (8, 9), PACKED), layer, x)
-    assert_trees_close(got, want)
 
 
 @ALL
@@ -185,27 +160,6 @@ def test_qk_norm_bounds_the_logits():
     layer.query[...] *= 100.0
     layer.key[...] *= 100.0
     assert_trees_close(call(layer, x)[0], want)
-
-
-@pytest.mark.parametrize("config", [CONFIGS["full"], CONFIGS["window"]], ids=["full", "window"])
-def test_sharded_is_unsharded(config):
-    def f(layer, x):
-        return in_pieces(layer, x, (T - 1,), jnp.tile(PACKED, (2, 1)))
-
-    x = jax.random.normal(jax.random.key(3), (4, T, D))
-    want = value_and_gradients(f, config.make(D, rngs=nnx.Rngs(0)), x)
-    with use_mesh(make_mesh(MeshConfig(data=2, fsdp=2, model=2))):
-        layer = config.make(D, rngs=nnx.Rngs(0))
-
-        def on_mesh(layer, x):
-            ids = constrain(jnp.tile(PACKED, (2, 1)), "batch", "time")
-            return in_pieces(layer, x, (T - 1,), ids)
-
-        got = value_and_gradients(on_mesh, layer, constrain(x, "batch", "time", "embed"))
-        (_, state), (d_params, _) = got
-        assert state.k.sharding.is_equivalent_to(layer.init_state(4, capacity=T).k.sharding, 4)
-        assert d_params["query"][...].sharding.is_equivalent_to(layer.query[...].sharding, 3)
-    assert_trees_close(jax.device_get(got), jax.device_get(want))
 
 
 def test_heads_that_the_mesh_does_not_divide_are_refused():

@@ -205,6 +205,7 @@ def test_never_builds_query_time_by_key_time():
     ],
     ids=lambda change: "-".join(change) if isinstance(change, dict) else "",
 )
+@pytest.mark.usefixtures("unchecked")
 def test_errors(change, text):
     (q, k, v), place, _ = make()
     arguments = dict(q=q, k=k, v=v, **place) | change

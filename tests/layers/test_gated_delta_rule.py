@@ -125,7 +125,7 @@ def test_write_strength_one_replaces_and_zero_does_nothing(rule):
             read = jnp.einsum("bhkv,bhk->bhv", got[0][1], k[:, -1])
             np.testing.assert_allclose(read, v[:, -1], atol=1e-5)
     idle = q, k, v, np.zeros_like(g), np.zeros_like(beta), state
-    np.testing.assert_array_equal(rule(*idle)[1], state)
+    np.testing.assert_array_equal(program(rule)(*idle)[1], state)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -265,6 +265,7 @@ def changed(**arrays):
     ],
     ids=["chunk", "empty chunk", "implementation", "k", "v", "g", "beta", "state"],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_errors(arguments, text):
     with pytest.raises(ValueError, match=text):
         gated_delta_rule(**changed(**arguments))

@@ -220,6 +220,7 @@ def test_a_pattern_holds_mixers(pattern):
     "field, value, known",
     [("remat", "blocks", "nothing, dots, block"), ("dtype", "float16", "float32, bfloat16")],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_choices_that_are_none(field, value, known):
     message = f"DecoderConfig: needs {field} to be one of {known}, got {field}='{value}'; change it"
     with pytest.raises(ValueError, match=message):

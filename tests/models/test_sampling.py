@@ -67,8 +67,8 @@ def test_ties_are_cut_by_id_and_top_p_is_reached_exactly(config, kept):
 
 
 def test_greedy_is_top_k_of_one_and_the_limit_of_cold():
-    logits = make_logits()
-    greedy = sample(logits, jax.random.key(0), SamplingConfig(temperature=0))
+    logits = jnp.asarray(make_logits())
+    greedy = sample(logits, jax.random.key(0), SamplingConfig(temperature=0.0))
     assert greedy.tolist() == np.argmax(logits, axis=-1).tolist()
     for config in (SamplingConfig(5.0, top_k=1), SamplingConfig(5.0, top_p=1e-6)):
         assert sample(logits, jax.random.key(1), config).tolist() == greedy.tolist()
@@ -99,7 +99,7 @@ def test_tokens_are_drawn_as_often_as_they_should(config):
 
 
 def test_rows_draw_independently_and_keys_repeat():
-    logits = np.zeros((64, 50), np.float32)
+    logits = jnp.zeros((64, 50))
     config = SamplingConfig(1.0)
     first, again, other = (sample(logits, jax.random.key(seed), config) for seed in (0, 0, 1))
     assert first.tolist() == again.tolist() != other.tolist()

@@ -209,7 +209,7 @@ def test_a_state_is_born_where_it_belongs():
 def plain_loss(config, params, tokens, segment_ids):
     """Mean nats over targets from all logits, the targets found one by one."""
     model = merge(config.model, params)
-    logits = model.logits(model(tokens[:, :-1], segment_ids=segment_ids[:, :-1])[0])
+    logits = model.logits(model(jnp.asarray(tokens[:, :-1]), segment_ids=jnp.asarray(segment_ids[:, :-1]))[0])
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     counted = [(b, t) for b, t in np.ndindex(B, T) if segment_ids[b, t] == segment_ids[b, t + 1] != 0]
     rows, times = np.array(counted).T
