@@ -138,7 +138,7 @@ def load_balancing_loss(use: RouterUse, top_k: int) -> Float[Array, ""]:
     >>> float(load_balancing_loss(RouterUse(jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0])), top_k=1))
     1.0
     """
-    chosen, probability = (x.reshape(-1, x.shape[-1]).sum(0) for x in use)
+    chosen, probability = (x.sum(axis=range(x.ndim - 1)) for x in use)
     tokens = jnp.maximum(chosen.sum() / top_k, 1.0)
     return chosen.size * jnp.sum(chosen * probability) / tokens**2
 

@@ -127,7 +127,7 @@ OPTIMIZERS = {
 def of_optimizer(kind):
     """Every mixer under AdamW; Muon, which compiles slowly and sees no more than gradients, with one."""
     pattern = EVERY_MIXER if kind == "adamw" else EVERY_MIXER[:1]
-    return experiment(pattern, optimizer=OPTIMIZERS[kind], load_balance=0.1, z_loss=1e-3)
+    return experiment(pattern, optimizer=OPTIMIZERS[kind], load_balance=0.1, z_loss=1e-3, repeats=2, remat="block")
 
 
 def two_steps(step, state, place):
@@ -189,7 +189,7 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
     assert_close(after, alone(kind), cancelling=("a_log", "dt_bias"))
     assert_placed(state, shardings)
     query = state.params["blocks"][0]["mixer"]["query"][...]
-    assert query.addressable_shards[0].data.shape == (1, 16 // config.fsdp, 2 // config.model, 8)
+    assert query.addressable_shards[0].data.shape == (2, 16 // config.fsdp, 2 // config.model, 8)
     if config == MeshConfig(data=8):
         found = collectives(program)
         assert found.keys() == {"all-reduce"} and found["all-reduce"] < 10, "only gradients and metrics need others"
