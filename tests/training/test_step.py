@@ -97,17 +97,17 @@ def relative_rms(got, want):
     return np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-30)
 
 
-def assert_close(got, want, tolerance=1e-5, cancelling=()):
-    """Relative RMS of every array below tolerance; twice that for arrays named in `cancelling`.
-
-    The gradients of a_log and dt_bias are one number per head, a sum over all tokens of terms of both signs that mostly
-    cancel. Eight devices add it up in another order than one, which once moved it by 1.04e-5.
-    """
+def relative_errors(got, want):
     got, want = (jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want))
-    errors = {jax.tree_util.keystr(path): relative_rms(a, b) for (path, a), (_, b) in zip(got, want, strict=True)}
-    errors = {name: error / 2 if any(word in name for word in cancelling) else error for name, error in errors.items()}
-    worst = max(errors, key=errors.get)
-    assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.1e}"
+    return {jax.tree_util.keystr(path): relative_rms(a, b) for (path, a), (_, b) in zip(got, want, strict=True)}
+
+
+def assert_close(got, want, tolerance=1e-5, rounding=None):
+    """Relative RMS of every array below tolerance, or three times what rounding moves it by where that is more."""
+    errors = relative_errors(got, want)
+    bounds = {name: max(tolerance, 3 * rounding[name] if rounding else 0.0) for name in errors}
+    worst = max(errors, key=lambda name: errors[name] / bounds[name])
+    assert errors[worst] < bounds[worst], f"{worst}: {errors[worst]:.1e}, bound {bounds[worst]:.1e}"
 
 
 def assert_bitwise(got, want):
@@ -120,14 +120,18 @@ OPTIMIZERS = {
     # multiply the rounding of the first gradient a hundredfold into the second.
     "adamw": OptimizerConfig(learning_rate=0.01, schedule="constant", eps=0.1),
     "muon": OptimizerConfig(kind="muon", learning_rate=0.1, schedule="constant", eps=0.1),
+    "stacked": OptimizerConfig(learning_rate=0.01, schedule="constant", eps=0.1),
 }
 
 
 @cache
 def of_optimizer(kind):
-    """Every mixer under AdamW; Muon, which compiles slowly and sees no more than gradients, with one."""
-    pattern = EVERY_MIXER if kind == "adamw" else EVERY_MIXER[:1]
-    return experiment(pattern, optimizer=OPTIMIZERS[kind], load_balance=0.1, z_loss=1e-3, repeats=2, remat="block")
+    """Every mixer under AdamW; Muon, which compiles slowly and sees no more than gradients, with one; and a stack of two."""
+    if kind == "stacked":
+        options = {"pattern": MIXTURE, "repeats": 2, "remat": "block"}
+    else:
+        options = {"pattern": EVERY_MIXER if kind == "adamw" else EVERY_MIXER[:1]}
+    return experiment(**options, optimizer=OPTIMIZERS[kind], load_balance=0.1, z_loss=1e-3)
 
 
 def two_steps(step, state, place):
@@ -147,6 +151,20 @@ def two_steps(step, state, place):
 @cache
 def alone(kind):
     return two_steps(compiled(of_optimizer(kind)), fresh(of_optimizer(kind)), jnp.asarray)[0]
+
+
+@cache
+def moved_by_rounding(kind):
+    """How far one device alone comes from its own result when every parameter is first rounded anew, up or down.
+
+    Eight devices add up in other orders than one, which is no more than such rounding in between. The second step's
+    gradients of a stack, and sums that cancel such as that of a_log, feel it by 1e-5 and more.
+    """
+    config, numbers = of_optimizer(kind), np.random.default_rng(0)
+    state = fresh(config)
+    rounded = lambda p: np.nextafter(p, numbers.choice(np.float32([-np.inf, np.inf]), p.shape))
+    state = state._replace(params=jax.tree.map(rounded, state.params))
+    return relative_errors(two_steps(compiled(config), state, jnp.asarray)[0], alone(kind))
 
 
 def where_it_belongs(config, mesh):
@@ -186,10 +204,10 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
         program = step.lower(state, *(place(x) for x in make_batch())).compile()
         after, state = two_steps(program, state, place)
 
-    assert_close(after, alone(kind), cancelling=("a_log", "dt_bias"))
+    assert_close(after, alone(kind), rounding=moved_by_rounding(kind))
     assert_placed(state, shardings)
     query = state.params["blocks"][0]["mixer"]["query"][...]
-    assert query.addressable_shards[0].data.shape == (2, 16 // config.fsdp, 2 // config.model, 8)
+    assert query.addressable_shards[0].data.shape[1:] == (16 // config.fsdp, 2 // config.model, 8)
     if config == MeshConfig(data=8):
         found = collectives(program)
         assert found.keys() == {"all-reduce"} and found["all-reduce"] < 10, "only gradients and metrics need others"
