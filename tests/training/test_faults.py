@@ -1,8 +1,8 @@
 """Kills, signals and full disks, on real processes: every run goes on and ends as if nothing had happened.
 
-The full proof is 20 kills, on steps compiled as for use:
+Slow: each is a process that compiles. The full proof is 20 kills, on steps compiled as for use:
 
-    JAXMEM_KILLS=20 pytest tests/training/test_faults.py -s
+    JAXMEM_KILLS=20 pytest -m slow tests/training/test_faults.py -k kill_9 -s
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ import pytest
 from jaxmem.checkpoints import complete_steps
 from jaxmem.training.experiment import load_experiment
 from jaxmem.training.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
 
 TINY = Path(__file__).with_name("tiny.py")
 KILLS = int(os.environ.get("JAXMEM_KILLS", "3"))
