@@ -187,7 +187,10 @@ class _Run:
         )
         fresh = jax.jit(lambda: init_state(self.config))
         if not store.steps():
-            return fresh(), batches, []
+            state = fresh()
+            if self.mesh is None:  # committed, as restored arrays are, so that both go on with the same compiled step
+                state = jax.device_put(state, jax.local_devices()[0])
+            return state, batches, []
         restored = store.restore(on_devices(jax.eval_shape(fresh), self.mesh)._asdict())
         if restored.data_state["fingerprint"] != self.pieces.fingerprint:
             raise ValueError(

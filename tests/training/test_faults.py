@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(runs, whole,
     assert n_metrics + 5000 < n_arrays // 2, "there is room for metrics when there is none for arrays"
 
     def told(room: int) -> str:
-        process = runs.start(run_dir.name, room=room)
+        process = runs.start(run_dir.name, cache=False, room=room)  # the cache would have no room either
         _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 1
         assert complete_steps(run_dir / "checkpoints")[-1] == STEPS - 4
