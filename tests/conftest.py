@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook(
-    [f"jaxmem.{part}" for part in ("algebra", "layers", "models", "sharding")], "beartype.beartype"
+    [f"jaxmem.{part}" for part in ("algebra", "layers", "models", "recurrences", "sharding")], "beartype.beartype"
 )
 
 collect_ignore_glob = ["golden/*"]  # scripts that make golden arrays need torch, the tests do not

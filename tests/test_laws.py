@@ -36,7 +36,7 @@ MIXERS = {
     "window": (AttentionConfig(4, n_kv_heads=2, window=5, qk_norm=True), {"implementation": "reference"}),
     "convolution": (ShortConvolutionConfig(width=3), {}),
     "delta": (DELTA, {"chunk_tokens": 32}),
-    "mixture": (MIXTURE, {"chunk_tokens": 4}),
+    "mixture": (MIXTURE, {"chunk_tokens": 16}),
     "mixture-single-kv": (dataclasses.replace(MIXTURE, single_kv=True), {}),
     "mixture-top-1": (dataclasses.replace(MIXTURE, shared_memory=False, top_k=1), {}),
 }

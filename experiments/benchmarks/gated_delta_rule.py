@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import tyro
 from measure import interleaved_ms, peak_mib, where
 
-from jaxmem.layers.gated_delta_rule import gated_delta_rule
+from jaxmem.recurrences.delta import gated_delta_rule
 
 
 @dataclasses.dataclass(frozen=True)

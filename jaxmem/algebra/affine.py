@@ -5,11 +5,12 @@ map S -> M S + B. Composing two stretches, the earlier first, gives
 
     M = M_then M_first        B = M_then B_first + B_then.
 
-M comes in three kinds, told apart by type and not by rank, so that leading dimensions stay free for batch, heads, time
+M comes in four kinds, told apart by type and not by rank, so that leading dimensions stay free for batch, heads, time
 and devices, and a kind is never guessed from a coincidence of sizes:
 
     Scalar(g)   M = exp(g) I          RetNet, lightning attention, simple GLA, Mamba-2
     Vector(g)   M = diag(exp(g))      GLA, HGRN2, RWKV-6
+    Elementwise(g)  M S = exp(g) * S  Mamba, S4D, HGRN, RG-LRU; g may be complex
     Matrix(m)   M = m                 DeltaNet, Gated DeltaNet, KDA, RWKV-7: e.g. m = exp(g) (I - beta k k^T)
 
 The decays stay natural logs: composing adds them, so a long product neither underflows early nor is divided by, and
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from numpy.lib.array_utils import normalize_axis_index
 
 
@@ -63,6 +64,23 @@ class Vector(NamedTuple):
         return jnp.exp(self.g)[..., None] * state
 
 
+class Elementwise(NamedTuple):
+    """M S = exp(g) * S, entry by entry: a decay of its own for every number of the state."""
+
+    g: Shaped[Array, "*batch K V"]
+    """Natural log-decays, of real part <= 0; -inf forgets the entry."""
+
+    @classmethod
+    def identity(cls, shape: tuple[int, ...], dtype: DTypeLike) -> "Elementwise":
+        return cls(jnp.zeros(shape, dtype))
+
+    def after(self, first: "Elementwise") -> "Elementwise":
+        return Elementwise(first.g + self.g)
+
+    def times(self, state: Shaped[Array, "*#batch K V"]) -> Shaped[Array, "*#batch K V"]:
+        return jnp.exp(self.g) * state
+
+
 class Matrix(NamedTuple):
     """M = m: a full transition of the key channels."""
 
@@ -82,13 +100,15 @@ class Matrix(NamedTuple):
 class Segment(NamedTuple):
     """The map S -> M S + B of a stretch of tokens."""
 
-    M: Scalar | Vector | Matrix
+    M: Scalar | Vector | Elementwise | Matrix
     """What becomes of the state before it."""
     B: Float[Array, "*batch K V"]
     """What it writes: the state after it, had the state before it been 0; fp32."""
 
 
-def identity(kind: type[Scalar | Vector | Matrix], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Segment:
+def identity(
+    kind: type[Scalar | Vector | Elementwise | Matrix], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> Segment:
     """The map that leaves every state of the given shape [..., K, V] as it is.
 
     >>> identity(Vector, (2, 4, 8)).M.g.shape

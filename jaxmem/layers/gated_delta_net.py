@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.gated_delta_rule import gated_delta_rule, require_power_of_two, rule_flops
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm, l2_normalize
 from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
+from jaxmem.recurrences.call import require_chunk
+from jaxmem.recurrences.delta import gated_delta_rule
+from jaxmem.recurrences.engine import recurrence_flops
 from jaxmem.sharding import einsum, local, param
 from jaxmem.typing import Array, DTypeLike, Float, Int, PRNGKeyArray
 
@@ -37,7 +39,7 @@ class GatedDeltaNetConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        require_power_of_two("GatedDeltaNetConfig", self.chunk_tokens)
+        require_chunk("GatedDeltaNetConfig", self.chunk_tokens)
         require_history("GatedDeltaNetConfig", self.convolution_width)
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "GatedDeltaNet":
@@ -45,7 +47,7 @@ class GatedDeltaNetConfig:
 
     def mixing_flops(self, d_model: int, context_tokens: int) -> int:
         """Forward FLOPs per token of the recurrence; the convolution costs 2 x its parameters."""
-        return self.n_heads * rule_flops(self.key_dim, self.value_dim, min(self.chunk_tokens, context_tokens))
+        return self.n_heads * recurrence_flops(self.key_dim, self.value_dim, min(self.chunk_tokens, context_tokens))
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -124,9 +126,8 @@ class GatedDeltaNet(nnx.Module):
         real = (segment != 0)[..., None]
         q, k, v = split_qkv(qkv, self.config.key_dim)
         g = jnp.where(starts[..., None], -jnp.inf, jnp.where(real, g, 0))
-        o, memory = gated_delta_rule(
-            q, k, v, g, jnp.where(real, beta, 0), state.memory, chunk_tokens=self.config.chunk_tokens
-        )
+        beta = jnp.where(real, beta, 0)
+        o, memory = gated_delta_rule(q, k, v, g, beta, state.memory, chunk_tokens=self.config.chunk_tokens)
         return o, memory, history
 
 

@@ -23,10 +23,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.layers.gated_delta_net import DecayGate, GatedOutput, split_qkv
-from jaxmem.layers.gated_delta_rule import Inputs, chunks, require_power_of_two, rule_flops, step
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.packing import pack, pack_by_memory, unpack
 from jaxmem.layers.short_convolution import convolve, init_taps, last_items, require_history
+from jaxmem.recurrences.call import require_chunk
+from jaxmem.recurrences.delta import gated_delta_streams
+from jaxmem.recurrences.engine import Documents, Streams, chunks, forget, recurrence_flops, step
 from jaxmem.sharding import einsum, local, param
 from jaxmem.typing import Array, DTypeLike, Float, Int
 
@@ -58,7 +60,7 @@ class MixtureOfMemoriesConfig:
                 "MixtureOfMemoriesConfig: needs 1 <= top_k <= n_memories, "
                 f"got top_k={self.top_k} of n_memories={self.n_memories}; choose fewer or have more memories"
             )
-        require_power_of_two("MixtureOfMemoriesConfig", self.chunk_tokens)
+        require_chunk("MixtureOfMemoriesConfig", self.chunk_tokens)
         require_history("MixtureOfMemoriesConfig", self.convolution_width)
 
     @property
@@ -80,7 +82,7 @@ class MixtureOfMemoriesConfig:
         One convolution costs 2 x its parameters, as the projections of all memories do. What packing fills the last
         chunk of each memory with is not counted: up to M (C + W - 2) places beside T (k + 1) tokens.
         """
-        rule = rule_flops(self.key_dim, self.value_dim, min(self.chunk_tokens, context_tokens))
+        rule = recurrence_flops(self.key_dim, self.value_dim, min(self.chunk_tokens, context_tokens))
         convolution = 2 * self.convolution_width * (2 * self.key_dim + self.value_dim)
         return self.n_heads * (self.n_choices * rule + (self.n_choices - 1) * convolution)
 
@@ -259,12 +261,11 @@ class MixtureOfMemories(nnx.Module):
         inputs = packed(qkv, state.history)
         gates = packed(gates, jnp.zeros((*state.history.shape[:4], 2)))
 
-        item = packing.holds_item[..., None]
+        item = packing.holds_item
         lead = [(0, 0), (n_history, 0)]
         convolved = convolve(jnp.pad(inputs, lead + [(0, 0)] * 2), jnp.pad(segments, lead), weight)
-        starts = item & (segments != jnp.roll(segments, 1, axis=1))[..., None]
-        rule = delta_rule_inputs(convolved * item[..., None], gates, c.key_dim, starts)
-        o, memories = chunks(rule, state.memories, packing.chunk_memory)
+        documents = Documents(item & (segments != jnp.roll(segments, 1, axis=1)), item)
+        o, memories = chunks(self._streams, (convolved, gates), state.memories, packing.chunk_memory, 1, documents)
 
         o = unpack(packing, o.astype(qkv.dtype)).reshape(batch, n_tokens, n_choices, *o.shape[2:])
         history, segment = jax.vmap(
@@ -283,8 +284,8 @@ class MixtureOfMemories(nnx.Module):
         segments = jnp.stack([before] * (c.convolution_width - 1) + [jnp.broadcast_to(segment, before.shape)], axis=-1)
         inputs = jnp.concatenate([of_choice(state.history).astype(qkv.dtype), qkv[:, 0, :, None]], axis=2)
         convolved = convolve(flat(inputs), flat(segments), weight).reshape(qkv[:, 0].shape)
-        rule = delta_rule_inputs(convolved, gates[:, 0], c.key_dim, starts[..., None])
-        o, new = step(rule, of_choice(state.memories))
+        x = forget(self._streams((convolved, gates[:, 0])), Documents(starts, jnp.ones_like(starts)))
+        o, new = step(x, of_choice(state.memories))
 
         keep = jnp.where(starts, 0, 1).astype(inputs.dtype)[..., None, None, None]
         history = jnp.concatenate([keep * inputs[:, :, 1:-1], inputs[:, :, -1:]], axis=2)
@@ -293,10 +294,7 @@ class MixtureOfMemories(nnx.Module):
         updated = put(state.memories, new), put(state.history, history), put(state.segment, segment)
         return o[:, None].astype(qkv.dtype), *updated
 
-
-def delta_rule_inputs(
-    qkv: Float[Array, "*tokens H channels"], gates: Float[Array, "*tokens H 2"], key_dim: int, starts: Array
-) -> Inputs:
-    """The streams of the recurrence: gates are (log-decay, write strength); a document that starts forgets everything."""
-    q, k, v = (x.astype(jnp.float32) for x in split_qkv(qkv, key_dim))
-    return Inputs(q * key_dim**-0.5, k, v, jnp.where(starts, -jnp.inf, gates[..., 0]), gates[..., 1])
+    def _streams(self, inputs: tuple[Array, Array]) -> Streams:
+        qkv, gates = (x.astype(jnp.float32) for x in inputs)
+        key_dim = self.config.key_dim
+        return gated_delta_streams(*split_qkv(qkv, key_dim), gates[..., 0], gates[..., 1], scale=key_dim**-0.5)

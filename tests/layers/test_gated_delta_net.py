@@ -11,7 +11,7 @@ from flax import nnx
 from jaxmem.layers.gated_delta_net import DecayGate, GatedDeltaNetConfig
 
 B, T, D = 2, 11, 8
-CONFIG = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, convolution_width=3, chunk_tokens=4)
+CONFIG = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, convolution_width=3, chunk_tokens=8)
 program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
@@ -88,7 +88,10 @@ def test_decay_gate_is_float32_and_finite_far_out():
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"chunk_tokens": 3}, "GatedDeltaNetConfig: needs a power of two as chunk_tokens, got chunk_tokens=3; use 32"),
+        (
+            {"chunk_tokens": 3},
+            "GatedDeltaNetConfig: needs a power of two from 8, a tile of a TPU, as chunk_tokens, got chunk_tokens=3; use 32",
+        ),
         ({"convolution_width": 1}, "GatedDeltaNetConfig: needs a convolution over 2 tokens or more, got width=1; 4 is"),
     ],
     ids=["chunk", "width"],

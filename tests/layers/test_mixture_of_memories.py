@@ -19,7 +19,7 @@ from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig, RouterUse, load_balancing_loss, route
 
 B, T, D = 2, 13, 8
-PUBLISHED = MixtureOfMemoriesConfig(n_heads=2, key_dim=4, value_dim=6, convolution_width=3, chunk_tokens=4)
+PUBLISHED = MixtureOfMemoriesConfig(n_heads=2, key_dim=4, value_dim=6, convolution_width=3, chunk_tokens=8)
 CONFIGS = {
     "published": PUBLISHED,
     "single-kv": dataclasses.replace(PUBLISHED, single_kv=True),
@@ -266,7 +266,7 @@ def test_one_program_serves_all_routings_without_the_host():
     [
         ({"top_k": 5}, "needs 1 <= top_k <= n_memories, got top_k=5 of n_memories=4; choose fewer or have more"),
         ({"top_k": 0}, "needs 1 <= top_k <= n_memories, got top_k=0 of n_memories=4"),
-        ({"chunk_tokens": 12}, "needs a power of two as chunk_tokens, got chunk_tokens=12"),
+        ({"chunk_tokens": 12}, "needs a power of two from 8, a tile of a TPU, as chunk_tokens, got chunk_tokens=12"),
         ({"convolution_width": 1}, "needs a convolution over 2 tokens or more, got width=1"),
     ],
     ids=["too many", "none", "chunk", "width"],
@@ -285,7 +285,7 @@ def test_segment_ids_of_another_length_are_refused():
 
 def test_mixing_flops_count_chosen_memories():
     """And the convolutions of all but one of them, since 2 FLOPs per parameter count one."""
-    one = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, convolution_width=3, chunk_tokens=4)
+    one = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, convolution_width=3, chunk_tokens=8)
     convolution = 2 * (2 * 3 * (4 + 4 + 6))
     for config in CONFIGS.values():
         n = config.n_choices

@@ -16,8 +16,8 @@ from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 
 B, T, VOCAB = 2, 12, 50
-GDN = GatedDeltaNetConfig(2, 4, 4, chunk_tokens=4)
-MIXERS = (MixtureOfMemoriesConfig(2, 4, 4, chunk_tokens=4), GDN, AttentionConfig(2), AttentionConfig(2, window=3))
+GDN = GatedDeltaNetConfig(2, 4, 4, chunk_tokens=8)
+MIXERS = (MixtureOfMemoriesConfig(2, 4, 4, chunk_tokens=8), GDN, AttentionConfig(2), AttentionConfig(2, window=3))
 PACKED = jnp.array([[1] * 5 + [2] * 7, [1] * 2 + [2] * 7 + [0] * 3])
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

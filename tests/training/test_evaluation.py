@@ -21,7 +21,7 @@ FAST = {"xla_backend_optimization_level": 0}
 MODEL = DecoderConfig(
     d_model=16,
     d_ffn=16,
-    pattern=(MixtureOfMemoriesConfig(2, 4, 4, n_memories=3, chunk_tokens=4), AttentionConfig(2)),
+    pattern=(MixtureOfMemoriesConfig(2, 4, 4, n_memories=3, chunk_tokens=8), AttentionConfig(2)),
     repeats=2,
     vocab_size=VOCAB,
 )

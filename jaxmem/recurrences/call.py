@@ -1,0 +1,180 @@
+"""How a named recurrence is called: shapes checked by name, defaults filled in, streams made in fp32, the engine run."""
+
+import functools
+from collections.abc import Callable
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmem.recurrences.engine import Documents, Implementation, Streams, recurrence
+from jaxmem.typing import Array, DTypeLike, Int
+
+CHUNK_TOKENS = 64
+
+
+class Options(TypedDict, total=False):
+    """What every named recurrence takes besides its arrays."""
+
+    scale: float
+    """Of q; default K^-0.5."""
+    segment_ids: Int[Array, "B T"]
+    """Documents 1, 2, 3, ..., never decreasing along a row; each starts from nothing but the first, which continues
+    `state`. 0 is padding at the end of a row: passed over, with o = 0. Default: one document."""
+    chunk_tokens: int
+    """C, a power of two from 8; default 64."""
+    implementation: Implementation | None
+    """"reference" steps token by token; "xla" works in chunks; default: steps for T == 1, else chunks."""
+
+
+def call(
+    what: str,
+    streams: Callable[..., Streams],
+    arrays: dict[str, tuple[Array, str]],
+    state: Array | None,
+    *,
+    n_steps: int = 1,
+    beside: Array | None = None,
+    state_axes: str = "B H K V",
+    sizes: dict[str, int] | None = None,
+    dtype: DTypeLike | None = None,
+    is_complex: bool = False,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array]:
+    """o in v.dtype and the final state in fp32 (or better) of the recurrence with streams(**arrays, scale=scale).
+
+    Args:
+      arrays: name: (array, its axes); axes by the same letter have the same size, G divides H. Log-decays, which must not
+        be positive, are those named g.
+      beside: what is added to o of all tokens.
+      state_axes: of the state; the engine's has dimensions of size 1 behind it if they are fewer.
+      sizes: of axes that no array has.
+      dtype: of o, default that of v.
+      is_complex: whether the state is.
+    """
+    require_chunk(what, chunk_tokens)
+    if implementation not in (None, "reference", "xla"):
+        raise ValueError(
+            f"{what}: needs implementation 'reference', 'xla' or None, "
+            f"got implementation={implementation!r}; choose one of these"
+        )
+    sizes = check_shapes(what, arrays) | (sizes or {})
+    shape = tuple(sizes[axis] for axis in state_axes.split())
+    dtype = arrays["v"][0].dtype if dtype is None else dtype
+    state_dtype = jnp.promote_types(dtype, jnp.complex64 if is_complex else jnp.float32)
+    if state is None:
+        state = jnp.zeros(shape, state_dtype)
+    elif state.shape != shape:
+        raise ValueError(
+            f"{what}: needs an initial state [{state_axes}] of shape {shape}, got state of shape {state.shape}; "
+            "pass the final state of a call with the same sizes, or none"
+        )
+    if "g" in arrays:
+        require_decays(what, arrays["g"][0])
+    documents = None if segment_ids is None else read_documents(what, segment_ids, (sizes["B"], sizes["T"]))
+    scale = sizes.get("K", 1) ** -0.5 if scale is None else scale
+    make = in_float32(functools.partial(streams, scale=scale))
+    o, state = recurrence(
+        make,
+        {name: array for name, (array, _) in arrays.items()},
+        state.astype(state_dtype).reshape(*shape, *[1] * (4 - len(shape))),
+        n_steps=n_steps,
+        documents=documents,
+        chunk_tokens=chunk_tokens,
+        implementation=implementation,
+    )
+    o = jnp.real(o) if jnp.iscomplexobj(o) else o
+    if beside is not None:
+        o += beside
+    if documents is not None:
+        o = jnp.where(documents.real[..., None, None], o, 0)
+    return o.astype(dtype), state.reshape(shape)
+
+
+def in_float32(streams: Callable[..., Streams]) -> Callable[[dict[str, Array]], Streams]:
+    """Streams of a dict of arrays, computed in fp32 (or better, if that is what comes in)."""
+    full = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return lambda inputs: streams(**{name: full(x) for name, x in inputs.items()})
+
+
+def repeat_heads(x: Array, like: Array, axis: int = -2) -> Array:
+    """x with each of its heads repeated to serve the more heads of `like` (grouped values)."""
+    return x if x.shape[axis] == like.shape[axis] else jnp.repeat(x, like.shape[axis] // x.shape[axis], axis)
+
+
+def check_shapes(what: str, arrays: dict[str, tuple[Array, str]]) -> dict[str, int]:
+    """The size of every axis letter; raises ValueError where two arrays disagree."""
+    sizes: dict[str, int] = {}
+    said: dict[str, str] = {}
+    for name, (array, axes) in arrays.items():
+        letters = axes.split()
+        if array.ndim != len(letters):
+            raise ValueError(f"{what}: needs {name} [{axes}], got {name} of shape {array.shape}; reshape it")
+        for letter, size in zip(letters, array.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"{what}: needs {name} [{axes}] with {letter} = {sizes[letter]} as in {said[letter]}, "
+                    f"got {name} of shape {array.shape}; {letter} is the same in both"
+                )
+            said.setdefault(letter, f"{name} [{axes}]")
+        if "G" in sizes and sizes.get("H", 0) % sizes["G"]:
+            raise ValueError(
+                f"{what}: needs a number of heads H that is a multiple of the key heads G, got H={sizes['H']} and "
+                f"G={sizes['G']}; every key head serves equally many heads"
+            )
+    return sizes
+
+
+def require_chunk(what: str, chunk_tokens: int) -> None:
+    """Raises ValueError for a chunk size that cannot be halved, or that a TPU cannot tile."""
+    if chunk_tokens < 8 or chunk_tokens & (chunk_tokens - 1):
+        raise ValueError(
+            f"{what}: needs a power of two from 8, a tile of a TPU, as chunk_tokens, got chunk_tokens={chunk_tokens}; "
+            "use 32, 64 or 128"
+        )
+
+
+def require_decays(what: str, g: Array) -> None:
+    """Raises ValueError for log-decays above 0, if their values are known (not under jit)."""
+    if (values := _known(g)) is not None and np.any(values > 0):
+        raise ValueError(
+            f"{what}: needs log-decays g <= 0, got g up to {np.max(values):.3g}; "
+            "pass natural logarithms of factors from 0 to 1"
+        )
+
+
+def read_documents(what: str, segment_ids: Array, shape: tuple[int, int]) -> Documents:
+    """Where documents start, and which tokens are real."""
+    if segment_ids.shape != shape:
+        raise ValueError(
+            f"{what}: needs segment_ids [B T] of shape {shape}, got {segment_ids.shape}; pass one id per token"
+        )
+    require_rising(what, segment_ids)
+    real = segment_ids != 0
+    changes = (segment_ids[:, 1:] != segment_ids[:, :-1]) & real[:, 1:]
+    return Documents(jnp.pad(changes, [(0, 0), (1, 0)]), real)
+
+
+def require_rising(what: str, segment_ids: Array) -> None:
+    """Raises ValueError for segment ids that decrease, other than to padding, if their values are known."""
+    if (ids := _known(segment_ids)) is None:
+        return
+    before, after = ids[:, :-1], ids[:, 1:]
+    wrong = np.any((after < before) & (after != 0) | (before == 0) & (after != 0), axis=1)
+    if np.any(wrong):
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            f"{what}: needs segment_ids that never decrease along a row, with 0 (padding) at its end only, got "
+            f"{ids[row, :16].tolist()} in row {row}; number the documents of a row 1, 2, 3, ..."
+        )
+
+
+def _known(x: Array) -> np.ndarray | None:
+    """The values of an array that is neither traced nor spread over other processes."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)

@@ -1,0 +1,349 @@
+"""The engine of all linear recurrences with a matrix state S [K, V]:
+
+    S_t = (D_t - b_t e_t^T) S_{t-1} + k_t v_t^T,      o_t = S_t^T q_t
+
+D decays all of S, each key channel, or each entry (`affine.Scalar`, `Vector`, `Elementwise`); -inf as a log-decay
+forgets. e reads the state before it decays, and what it reads is erased at b: without e only decay is left, and where
+b = k it is a delta rule, S_t = D_t S_{t-1} + k_t (v_t - S_{t-1}^T e_t)^T. A named recurrence is a function that makes
+these streams of its own inputs, token by token (`Streams`), and hands them to `recurrence`.
+
+In chunks of C tokens, with D_ij as in `chunk_decays` and d_i = D from the start of the chunk to i, what is written,
+U_i = v_i - S_{i-1}^T e_i, solves a unit lower-triangular system, so that a chunk costs a few products of [C, C] and [C, K]
+matrices and only its end state is handed on (for b = k; else the same with -S^T e beside v):
+
+    (I + A) [U | W] = [V | e d_{-1}],   A_ij = e_i^T D_{i-1,j} k_j for j < i
+    U' = U - W S,   O = (d Q) S + (Q^T D K) U',   S <- d_C S + (D_C K)^T U'
+
+Chunks are worked on in groups: only U' and S go from chunk to chunk, all else is one batch of products. The backward pass
+keeps the inputs and a state per group, and makes streams and all the rest again group by group: little memory, most of it
+in cache. Chunks may belong to different memories: each is folded into its own state.
+
+Cost per token and head: see `recurrence_flops`; state K V floats.
+References: Yang et al. 2023, arXiv 2312.06635, section 4 (decays, chunks in chunks); Yang et al. 2024, arXiv 2406.06484,
+section 3 (UT transform); Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464, equations 12-14.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmem.algebra import affine
+from jaxmem.recurrences.chunk_decays import in_chunk
+from jaxmem.recurrences.products import dot, linear_scan, sum_to
+from jaxmem.recurrences.triangular import unit_lower_inverse
+from jaxmem.typing import Array, Bool, Float, Int, PyTree, Shaped
+
+Implementation = Literal["reference", "xla"]
+
+GROUP_CHUNKS = 16
+"""Chunks worked on at once, and recomputed at once in the backward pass: as many as stay in a CPU's cache."""
+
+
+class Erase(NamedTuple):
+    """What is read from the state before a token, and erased."""
+
+    e: Float[Array, "*tokens H K"]
+    """What reads."""
+    b: Float[Array, "*tokens H K"] | None = None
+    """Where it is erased; None: at k."""
+
+
+class Streams(NamedTuple):
+    """The recurrence's inputs, token by token, in fp32."""
+
+    q: Shaped[Array, "*tokens H K"]
+    k: Shaped[Array, "*tokens H K"]
+    v: Shaped[Array, "*tokens H V"]
+    decay: affine.Scalar | affine.Vector | affine.Elementwise
+    """Log-decays g <= 0: [*tokens H], [*tokens H K] or [*tokens H K V]; with the last, q and k may be one for all heads."""
+    erase: Erase | None = None
+
+
+class Documents(NamedTuple):
+    """Which tokens start a document, so that the state before them is forgotten, and which are tokens at all."""
+
+    starts: Bool[Array, "B T"]
+    real: Bool[Array, "B T"]
+
+
+MakeStreams = Callable[[PyTree], Streams]
+"""Streams of a recurrence's own inputs; token by token, so that any leading dimensions will do. A recurrence of several
+steps per token (n_steps > 1) makes streams [*tokens n H ...], of which only the last step's q is read."""
+
+
+def recurrence(
+    make: MakeStreams,
+    inputs: PyTree,
+    state: Shaped[Array, "B H K V"],
+    *,
+    n_steps: int = 1,
+    documents: Documents | None = None,
+    chunk_tokens: int = 64,
+    implementation: Implementation | None = None,
+) -> tuple[Shaped[Array, "B T H V"], Shaped[Array, "B H K V"]]:
+    """o and the final state of the recurrence that `make(inputs)` describes.
+
+    Args:
+      inputs: arrays [B, T, ...]; what `make` computes of them is not kept for the backward pass.
+      documents: where to forget, and what to pass over; None: one document, all tokens real. o at others is arbitrary.
+      chunk_tokens: C, ignored by "reference".
+      implementation: "reference" steps token by token; "xla" works in chunks; None picks: steps for T == 1, else chunks.
+    """
+    batch, n_tokens = jax.tree.leaves(inputs)[0].shape[:2]
+    if implementation == "reference" or (implementation is None and n_tokens == 1):
+        return steps(make, inputs, state, n_steps, documents)
+    if n_tokens % chunk_tokens:
+        documents = documents or Documents(jnp.zeros((batch, n_tokens), bool), jnp.ones((batch, n_tokens), bool))
+        inputs, documents = jax.tree.map(lambda x: _pad(x, -n_tokens % chunk_tokens), (inputs, documents))
+    chunk_memory = jnp.zeros((batch, -(-n_tokens // chunk_tokens)), jnp.int32)
+    o, memories = chunks(make, inputs, state[:, None], chunk_memory, n_steps, documents)
+    return o[:, :n_tokens], memories[:, 0]
+
+
+def step(x: Streams, state: Shaped[Array, "*B H K V"]) -> tuple[Shaped[Array, "*B H V"], Shaped[Array, "*B H K V"]]:
+    """One token: the recurrence as it is written in the module docstring."""
+    write = lambda key, value: key[..., None] * value[..., None, :]
+    after = x.decay.times(state) + write(x.k, x.v)
+    if x.erase is not None:
+        e, b = x.erase
+        after -= write(x.k if b is None else b, dot("...k,...kv->...v", e, state))
+    return dot("...k,...kv->...v", x.q, after), after
+
+
+def steps(
+    make: MakeStreams,
+    inputs: PyTree,
+    state: Shaped[Array, "B H K V"],
+    n_steps: int = 1,
+    documents: Documents | None = None,
+) -> tuple[Shaped[Array, "B T H V"], Shaped[Array, "B H K V"]]:
+    """The recurrence token by token: the oracle, and decoding."""
+
+    def body(state, token):
+        x = _streams(make, n_steps, *token)
+        for i in range(n_steps):
+            o, state = step(x if n_steps == 1 else jax.tree.map(lambda a, i=i: a[:, i], x), state)
+        return state, o
+
+    time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (inputs, documents))
+    state, o = jax.lax.scan(body, state, time_first)
+    return jnp.moveaxis(o, 0, 1), state
+
+
+def chunks(
+    make: MakeStreams,
+    inputs: PyTree,
+    memories: Shaped[Array, "B M H K V"],
+    chunk_memory: Int[Array, "B N"],
+    n_steps: int = 1,
+    documents: Documents | None = None,
+) -> tuple[Shaped[Array, "B T H V"], Shaped[Array, "B M H K V"]]:
+    """The recurrence in N chunks of T / N tokens, chunk n of row b continuing memory chunk_memory[b, n].
+
+    A chunk never holds tokens of two memories.
+    """
+    n_tokens = jax.tree.leaves(inputs)[0].shape[1]
+    n_chunks = chunk_memory.shape[1]
+    chunk_tokens = n_tokens // n_chunks
+    per_group = min(n_chunks, min(range(GROUP_CHUNKS, GROUP_CHUNKS // 2, -1), key=lambda n: -n_chunks % n))
+    idle = -n_chunks % per_group  # chunks without tokens, which leave the last memory as it is
+    if idle and documents is None:
+        documents = Documents(*(jnp.full((chunk_memory.shape[0], n_tokens), value) for value in (False, True)))
+
+    def grouped(a: Array, **how: str) -> Array:  # [B, chunks, ...] -> [groups, B, N, ...]
+        a = jnp.pad(a, [(0, 0), (0, idle)] + [(0, 0)] * (a.ndim - 2), **how)
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, per_group, *a.shape[2:]), 1, 0)
+
+    by_chunk = lambda a: grouped(a.reshape(a.shape[0], n_chunks, -1, *a.shape[2:]))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def group(memories, xs):
+        inputs, documents, visited = xs
+        x = jax.tree.map(functools.partial(_by_head, n_steps=n_steps), _streams(make, n_steps, inputs, documents))
+        chunk, read = _prepare(x)
+        starts, written, memories = hand_on(chunk, memories, visited.T)
+        o = read(starts, written)[..., n_steps - 1 : chunk_tokens * n_steps : n_steps, :]
+        return memories, jnp.moveaxis(jnp.moveaxis(o, 0, 1), 2, 3)
+
+    xs = *jax.tree.map(by_chunk, (inputs, documents)), grouped(chunk_memory, mode="edge")
+    memories, o = jax.lax.scan(group, memories, xs)
+    o = jnp.moveaxis(o, 0, 1)  # [groups, B, N, C, H, V] -> [B, groups, N, C, H, V]
+    return o.reshape(o.shape[0], -1, *o.shape[4:])[:, :n_tokens], memories
+
+
+def _by_head(x: Array, n_steps: int) -> Array:
+    """[B N C H ...] as [N B H C ...]; steps of tokens [C n] become one dimension, filled up to a power of two with steps
+    that do nothing."""
+    if n_steps > 1:
+        x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
+        size = x.shape[2]
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, (1 << (size - 1).bit_length()) - size)] + [(0, 0)] * (x.ndim - 3))
+    return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
+
+
+def _streams(make: MakeStreams, n_steps: int, inputs: PyTree, documents: Documents | None) -> Streams:
+    x = make(inputs)
+    if documents is None:
+        return x
+    if n_steps > 1:
+        first = jnp.arange(n_steps) == 0
+        real = jnp.broadcast_to(documents.real[..., None], (*documents.real.shape, n_steps))
+        documents = Documents(documents.starts[..., None] & first, real)
+    return forget(x, documents)
+
+
+def forget(x: Streams, documents: Documents) -> Streams:
+    """The streams as documents have it: a start reads and keeps nothing of before, what is not a token does nothing."""
+    at = lambda flags, a: flags.reshape(*flags.shape, *[1] * (a.ndim - flags.ndim))
+    real = lambda a: jnp.where(at(documents.real, a), a, 0)
+    g = x.decay.g
+    decay = type(x.decay)(jnp.where(at(documents.starts, g), -jnp.inf, real(g)))
+    erase = x.erase
+    if erase is not None:
+        e = jnp.where(at(documents.starts | ~documents.real, erase.e), 0, erase.e)
+        erase = Erase(e, None if erase.b is None else real(erase.b))
+    return Streams(x.q, real(x.k), real(x.v), decay, erase)
+
+
+class Chunk(NamedTuple):
+    """What a chunk does with the state S that comes in: it writes U' = u - w S and leaves decay S + keys^T U' + extra."""
+
+    decay: Shaped[Array, "*N #K #V"]
+    extra: Shaped[Array, "*N K V"] | None = None
+    """What it writes whatever comes in."""
+    u: Float[Array, "*N C V"] | None = None
+    w: Float[Array, "*N C K"] | None = None
+    keys: Float[Array, "*N C K"] | None = None
+    """Decayed to the end of the chunk."""
+
+
+Read = Callable[[Array, Array | None], Array]
+"""The outputs of chunks [*N C V], of the states that come in [*N K V] and of U' [*N C V]."""
+
+
+def _prepare(x: Streams) -> tuple[Chunk, Read]:
+    """What chunks [*N C ...] do with the state that comes in, and how their outputs are read."""
+    if isinstance(x.decay, affine.Elementwise):
+        return _prepare_elementwise(x)
+    decays = in_chunk(x.decay)
+    from_state = decays.from_start(x.q)
+    if x.erase is None:
+        ((inside,),) = decays.overlaps([x.q], [x.k])
+        own = dot("...ij,...jv->...iv", inside, x.v)
+        chunk = Chunk(decays.through, extra=dot("...ck,...cv->...kv", decays.to_end(x.k), x.v))
+        return chunk, lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts)
+
+    # e of token i reads behind token i - 1: it takes the place of that token's row, and its overlaps move back.
+    e = jnp.concatenate([x.erase.e[..., 1:, :], jnp.zeros_like(x.erase.e[..., :1, :])], axis=-2)
+    behind = lambda rows: jnp.concatenate([jnp.zeros_like(rows[..., :1, :]), rows[..., :-1, :]], axis=-2)
+    e_from_state = jnp.concatenate([x.erase.e[..., :1, :], decays.from_start(e)[..., :-1, :]], axis=-2)
+    if x.erase.b is None:
+        (erased,), (inside,) = decays.overlaps([e, x.q], [x.k])
+        keys, values, extra, own = x.k, x.v, None, 0
+    else:
+        (erased, read), (inside, own) = decays.overlaps([e, x.q], [x.erase.b, x.k])
+        keys, values = x.erase.b, -dot("...ij,...jv->...iv", behind(read), x.v)
+        extra = dot("...ck,...cv->...kv", decays.to_end(x.k), x.v)
+        own = dot("...ij,...jv->...iv", own, x.v)
+    solved = unit_lower_inverse(behind(erased))
+    solved = dot("...ij,...jv->...iv", solved, jnp.concatenate([values, e_from_state], axis=-1))
+    u, w = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
+
+    def read_outputs(starts, written):
+        return own + dot("...ck,...kv->...cv", from_state, starts) + dot("...ij,...jv->...iv", inside, written)
+
+    return Chunk(decays.through, extra, u, w, decays.to_end(keys)), read_outputs
+
+
+def _prepare_elementwise(x: Streams) -> tuple[Chunk, Read]:
+    """With a decay of its own for every entry, states are formed token by token: in all chunks at once, each from 0."""
+    time_first = lambda a: jnp.moveaxis(a, -3, 0)
+    g = time_first(x.decay.g)
+    own = linear_scan(g, time_first(x.k[..., None] * x.v[..., None, :]))
+    reached = jnp.exp(jnp.cumsum(g, axis=0))
+
+    def read_outputs(starts, _):
+        return jnp.sum(time_first(x.q[..., None]) * (own + reached * starts), axis=-2)
+
+    return Chunk(reached[-1], own[-1]), lambda *args: jnp.moveaxis(read_outputs(*args), 0, -2)
+
+
+@jax.custom_vjp
+def hand_on(
+    chunk: Chunk, memories: Shaped[Array, "B M H K V"], visited: Int[Array, "N B"]
+) -> tuple[Shaped[Array, "N B H K V"], Float[Array, "N B H C V"] | None, Shaped[Array, "B M H K V"]]:
+    """All that has to happen in order: per chunk the state that comes in and U'; and the memories in the end.
+
+    Its backward pass goes through the chunks once more, with two products each; those of cotangents with states are formed
+    for all chunks at once.
+    """
+
+    def body(memories, inputs):
+        x, visited = inputs
+        start = _visit(memories, visited)
+        end, written = x.decay * start, None
+        if x.extra is not None:
+            end += x.extra
+        if x.w is not None:
+            written = x.u - dot("...ck,...kv->...cv", x.w, start)
+            end += dot("...ck,...cv->...kv", x.keys, written)
+        return _leave(memories, visited, end), (start, written)
+
+    memories, (starts, written) = jax.lax.scan(body, memories, (chunk, visited))
+    return starts, written, memories
+
+
+def _hand_on_forward(chunk, memories, visited):
+    starts, written, memories = hand_on(chunk, memories, visited)
+    return (starts, written, memories), (chunk, starts, written, visited)
+
+
+def _hand_on_backward(saved, cotangents):
+    chunk, starts, written, visited = saved
+    d_starts, d_written, d_memories = cotangents
+
+    def body(d_memories, inputs):
+        x, d_start, d_written, visited = inputs
+        d_end = _visit(d_memories, visited)
+        d_start += x.decay * d_end
+        if x.w is not None:
+            d_written += dot("...ck,...kv->...cv", x.keys, d_end)
+            d_start -= dot("...ck,...cv->...kv", x.w, d_written)
+        return _leave(d_memories, visited, d_start), (d_written, d_end)
+
+    d_memories, (d_written, d_ends) = jax.lax.scan(
+        body, d_memories, (chunk, d_starts, d_written, visited), reverse=True
+    )
+    d_chunk = Chunk(sum_to(d_ends * starts, chunk.decay.shape), None if chunk.extra is None else d_ends)
+    if chunk.w is not None:
+        d_chunk = d_chunk._replace(
+            u=d_written,
+            w=-dot("...cv,...kv->...ck", d_written, starts),
+            keys=dot("...cv,...kv->...ck", written, d_ends),
+        )
+    return d_chunk, d_memories, None
+
+
+hand_on.defvjp(_hand_on_forward, _hand_on_backward)
+
+
+def _visit(memories: Shaped[Array, "B M H K V"], visited: Int[Array, "B"]) -> Shaped[Array, "B H K V"]:
+    return memories[:, 0] if memories.shape[1] == 1 else memories[jnp.arange(memories.shape[0]), visited]
+
+
+def _leave(memories: Array, visited: Array, state: Array) -> Array:
+    return state[:, None] if memories.shape[1] == 1 else memories.at[jnp.arange(memories.shape[0]), visited].set(state)
+
+
+def _pad(x: Array, n_tokens: int) -> Array:
+    return jnp.pad(x, [(0, 0), (0, n_tokens)] + [(0, 0)] * (x.ndim - 2))
+
+
+def recurrence_flops(key_dim: int, value_dim: int, chunk_tokens: int) -> int:
+    """Forward FLOPs per token and head of a delta rule in chunks, the inverse of [C, C] counted as 2 C^2 per token."""
+    c = chunk_tokens
+    inside = 2 * c * (2 * key_dim + key_dim + value_dim + value_dim) + 2 * c * c
+    return inside + 6 * key_dim * value_dim
