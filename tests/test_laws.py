@@ -29,14 +29,14 @@ CAPACITY = 2 * T  # of caches that grow: a call on T tokens behind T others
 CUTS = (0, 8, 9, T)  # a prompt, one token, more at once
 
 DELTA = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8)
-MIXTURE = MixtureOfMemoriesConfig(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8)
+MIXTURE = MixtureOfMemoriesConfig(DELTA)
 # name: (config, what to change in it for the same mixer computed in other chunks)
 MIXERS = {
     "attention": (AttentionConfig(4, n_kv_heads=2), {"implementation": "reference"}),
     "window": (AttentionConfig(4, n_kv_heads=2, window=5, qk_norm=True), {"implementation": "reference"}),
     "convolution": (ShortConvolutionConfig(width=3), {}),
     "delta": (DELTA, {"chunk_tokens": 32}),
-    "mixture": (MIXTURE, {"chunk_tokens": 16}),
+    "mixture": (MIXTURE, {"inner": dataclasses.replace(DELTA, chunk_tokens=16)}),
     "mixture-single-kv": (dataclasses.replace(MIXTURE, single_kv=True), {}),
     "mixture-top-1": (dataclasses.replace(MIXTURE, shared_memory=False, top_k=1), {}),
 }
@@ -248,7 +248,7 @@ def test_step_by_step_is_parallel_when_decay_is_forty_times_stronger(name):
         lambda path, a: a + np.float32(math.log(40.0)) if is_a_log(path) else a, mixer.parameters
     )
     want = mixer(step_by_step, parameters=parameters)
-    assert all(np.all(a != 0) for a in jax.tree.leaves(want.d_parameters["gates"]))
+    assert all(np.all(a != 0) for a in jax.tree.leaves(want.d_parameters["parameters"]))
     assert_close(mixer(parameters=parameters), want)
 
 

@@ -1,176 +1,175 @@
-"""Gated DeltaNet: the gated delta rule behind short convolutions, with an output gate.
+"""Layers of delta rules with one decay per head, or none.
 
-    q, k, v = silu(conv(W x));   g = -e^{a_log} softplus(W_a x + dt_bias);   beta = sigmoid(W_b x)
-    y = W_o (RMSNorm(o) * silu(W_g x)),   o the gated delta rule of l2-normalised q and k
+    q, k, v = silu(conv(W x)), q and k at unit length;   beta = sigmoid(W_b x);   g = -e^{a_log} softplus(W_a x + dt_bias)
 
-Cost per token: the projections, 2 W FLOPs per convolved channel, and the recurrence. State: H K V floats and
-(W - 1) H (2 K + V) values of convolution history.
-Reference: Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464, section 3.4.
+| layer | recurrence | output |
+|---|---|---|
+| DeltaNet | `delta_rule`: no g | W_o RMSNorm(o) |
+| Gated DeltaNet | `gated_delta_rule` | W_o (RMSNorm(o) * silu(W_g x)) |
+| Gated DeltaProduct | `gated_delta_product`: n keys, values and strengths per token | as Gated DeltaNet |
+| Comba | `comba`: reads for p = c_h k before the decay, and q - d_h p instead of q | as Gated DeltaNet |
+
+Cost and state: see `recurrent`.
+References: Yang et al. 2024, arXiv 2406.06484; Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464, section 3.4; Siems et al.
+2025, arXiv 2502.10297; Hu et al. 2025, arXiv 2506.02475.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
-from jaxmem.layers.norm import RMSNorm, l2_normalize
-from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
-from jaxmem.recurrences.call import require_chunk
-from jaxmem.recurrences.delta import gated_delta_rule
-from jaxmem.recurrences.engine import recurrence_flops
-from jaxmem.sharding import einsum, local, param
-from jaxmem.typing import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxmem.layers.norm import l2_normalize
+from jaxmem.layers.recurrent import (
+    Arrays,
+    GatedOutput,
+    Parameter,
+    Projection,
+    RecurrentConfig,
+    init_a_log,
+    init_dt_bias,
+)
+from jaxmem.recurrences import delta
+from jaxmem.recurrences.engine import Streams
+from jaxmem.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class GatedDeltaNetConfig:
-    """One gated-delta-rule memory per head."""
+class DeltaNetConfig(RecurrentConfig):
+    """One delta-rule memory per head."""
 
     n_heads: int = 4
     key_dim: int = 256
     """Per head."""
     value_dim: int = 256
     """Per head."""
+    n_key_heads: int | None = None
+    """Heads of q and k, each serving n_heads / n_key_heads of v; None: as many."""
+    negative_eigenvalues: bool = False
+    """Write strengths in (0, 2) instead of (0, 1): a memory can then also turn over what it holds."""
     convolution_width: int = 4
     chunk_tokens: int = 64
     norm_eps: float = 1e-6
 
+    erases: ClassVar[Literal["nothing", "at k", "at b"]] = "at k"
+
     def __post_init__(self):
-        require_chunk("GatedDeltaNetConfig", self.chunk_tokens)
-        require_history("GatedDeltaNetConfig", self.convolution_width)
+        super().__post_init__()
+        if self.n_heads % self.key_heads:
+            raise ValueError(
+                f"{type(self).__name__}: needs n_heads to be a multiple of n_key_heads, got n_heads={self.n_heads} and "
+                f"n_key_heads={self.n_key_heads}; every key head serves equally many heads"
+            )
 
-    def make(self, d_model: int, *, rngs: nnx.Rngs) -> "GatedDeltaNet":
-        return GatedDeltaNet(self, d_model, rngs=rngs)
+    @property
+    def key_heads(self) -> int:
+        return self.n_heads if self.n_key_heads is None else self.n_key_heads
 
-    def mixing_flops(self, d_model: int, context_tokens: int) -> int:
-        """Forward FLOPs per token of the recurrence; the convolution costs 2 x its parameters."""
-        return self.n_heads * recurrence_flops(self.key_dim, self.value_dim, min(self.chunk_tokens, context_tokens))
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.n_heads, self.key_dim, self.value_dim
 
+    def projections(self, d_model: int) -> dict[str, Projection]:
+        keys = (self.key_heads, self.key_dim), ("heads", "key")
+        values = (self.n_heads, self.value_dim), ("heads", "value")
+        return {
+            "query": Projection(*keys, convolved=True, per_memory=False),
+            "key": Projection(*keys, convolved=True),
+            "value": Projection(*values, convolved=True),
+            "write": Projection((self.n_heads,), ("heads",)),
+        }
 
-class GatedDeltaNetState(NamedTuple):
-    """What the layer remembers."""
+    def streams(self, x: Arrays, p: Arrays) -> Streams:
+        return delta.delta_streams(*self.qkv(x), self.strength(x), scale=self.key_dim**-0.5)
 
-    memory: Float[Array, "B H K V"]
-    """fp32."""
-    history: Float[Array, "B W-1 H 2K+V"]
-    """The last inputs of the convolution: q, k and v side by side."""
-    cursor: Cursor
+    def qkv(self, x: Arrays) -> tuple[Array, Array, Array]:
+        """silu of all, q and k at unit length."""
+        q, k, v = (jax.nn.silu(x[name]) for name in ("query", "key", "value"))
+        return l2_normalize(q), l2_normalize(k), v
 
+    def strength(self, x: Arrays) -> Array:
+        """beta."""
+        return jax.nn.sigmoid(x["write"]) * (2 if self.negative_eigenvalues else 1)
 
-_STATE_AXES = GatedDeltaNetState(
-    memory=("batch", "heads", "key", "value"),
-    history=("batch", "tap", "heads", "value"),
-    cursor=Cursor(("batch",), ("batch",)),
-)
-_CHANNELS, _GATES, _TOKENS = ("batch", "time", "heads", "value"), ("batch", "time", "heads"), ("batch", "time")
-
-
-class GatedDeltaNet(nnx.Module):
-    """The layer of the module docstring; see `mixer` for how it is called."""
-
-    def __init__(self, config: GatedDeltaNetConfig, d_model: int, *, rngs: nnx.Rngs):
-        self.config = config
-        heads, key, value = config.n_heads, config.key_dim, config.value_dim
-        init = nnx.initializers.truncated_normal(d_model**-0.5)
-        self.query = param(rngs, init, (d_model, heads, key), ("embed", "heads", "key"))
-        self.key = param(rngs, init, (d_model, heads, key), ("embed", "heads", "key"))
-        self.value = param(rngs, init, (d_model, heads, value), ("embed", "heads", "value"))
-        self.decay = param(rngs, init, (d_model, heads), ("embed", "heads"))
-        self.write = param(rngs, init, (d_model, heads), ("embed", "heads"))
-        self.gates = DecayGate(heads, rngs=rngs)
-        self.convolution = param(
-            rngs, init_taps, (config.convolution_width, heads, 2 * key + value), ("tap", "heads", "value")
-        )
-        self.output = GatedOutput(d_model, heads, value, eps=config.norm_eps, rngs=rngs)
-
-    def init_state(
-        self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32
-    ) -> GatedDeltaNetState:
-        c = self.config
-        state = GatedDeltaNetState(
-            memory=jnp.zeros((batch, c.n_heads, c.key_dim, c.value_dim), jnp.float32),
-            history=jnp.zeros((batch, c.convolution_width - 1, c.n_heads, 2 * c.key_dim + c.value_dim), dtype),
-            cursor=init_cursor(batch),
-        )
-        return place_state(state, _STATE_AXES)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: GatedDeltaNetState | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], GatedDeltaNetState]:
-        state = self.init_state(x.shape[0], dtype=x.dtype) if state is None else state
-        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
-        project = (einsum("btd,dhk->bthk", x, w[...], _CHANNELS) for w in (self.query, self.key, self.value))
-        qkv = jnp.concatenate(list(project), axis=-1)
-        g = self.gates(einsum("btd,dh->bth", x, self.decay[...], _GATES))
-        beta = jax.nn.sigmoid(einsum("btd,dh->bth", x, self.write[...], _GATES).astype(jnp.float32))
-
-        mix = local(
-            self._mix,
-            in_axes=(_CHANNELS, _GATES, _GATES, _TOKENS, _TOKENS, ("tap", "heads", "value"), _STATE_AXES),
-            out_axes=(_CHANNELS, _STATE_AXES.memory, _STATE_AXES.history),
-        )
-        o, memory, history = mix(qkv, g, beta, tokens.segment, tokens.starts, self.convolution[...], state)
-        y = self.output(o, x) * tokens.real[..., None]
-        return y.astype(x.dtype), GatedDeltaNetState(memory, history, cursor)
-
-    def _mix(self, qkv, g, beta, segment, starts, weight, state):
-        qkv, history = short_convolution(qkv, weight, state.history, segment, state.cursor.segment)
-        real = (segment != 0)[..., None]
-        q, k, v = split_qkv(qkv, self.config.key_dim)
-        g = jnp.where(starts[..., None], -jnp.inf, jnp.where(real, g, 0))
-        beta = jnp.where(real, beta, 0)
-        o, memory = gated_delta_rule(q, k, v, g, beta, state.memory, chunk_tokens=self.config.chunk_tokens)
-        return o, memory, history
+    def output(self, d_model: int, *, rngs: nnx.Rngs) -> GatedOutput:
+        return GatedOutput(d_model, self.n_heads, self.value_dim, gate=None, eps=self.norm_eps, rngs=rngs)
 
 
-class DecayGate(nnx.Module):
-    """g = -e^{a_log} softplus(a + dt_bias), one scalar log-decay per head and token, in fp32.
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaNetConfig(DeltaNetConfig):
+    """One gated-delta-rule memory per head. a_log starts as the log of U(0, 16)."""
 
-    a_log starts as the log of U(0, 16), dt_bias as the inverse softplus of a log-uniform step in [1e-3, 1e-1].
-    Reference: Gu and Dao 2023, arXiv 2312.00752; Yang et al. 2024, arXiv 2412.06464.
+    def projections(self, d_model: int) -> dict[str, Projection]:
+        return super().projections(d_model) | {"decay": Projection((self.n_heads,), ("heads",))}
+
+    def parameters(self, d_model: int) -> dict[str, Parameter]:
+        heads = (self.n_heads,), ("heads",)
+        return {"a_log": Parameter(init_a_log(0.0, 16.0), *heads), "dt_bias": Parameter(init_dt_bias, *heads)}
+
+    def streams(self, x: Arrays, p: Arrays) -> Streams:
+        q, k, v = self.qkv(x)
+        return delta.gated_delta_streams(q, k, v, log_decay(x, p), self.strength(x), scale=self.key_dim**-0.5)
+
+    def output(self, d_model: int, *, rngs: nnx.Rngs) -> GatedOutput:
+        return GatedOutput(d_model, self.n_heads, self.value_dim, eps=self.norm_eps, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaProductConfig(GatedDeltaNetConfig):
+    """Several delta rules per token: a product of as many reflections, which can permute what is held."""
+
+    n_householder: int = 2
+    """Steps per token."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_householder < 1 or self.key_heads != self.n_heads:
+            raise ValueError(
+                f"GatedDeltaProductConfig: needs n_householder >= 1 and as many key heads as heads, got "
+                f"n_householder={self.n_householder}, n_key_heads={self.n_key_heads} of n_heads={self.n_heads}; change them"
+            )
+
+    @property
+    def n_steps(self) -> int:
+        return self.n_householder
+
+    def projections(self, d_model: int) -> dict[str, Projection]:
+        several = {
+            name: dataclasses.replace(spec, shape=(self.n_steps, *spec.shape), axes=("tap", *spec.axes))
+            for name, spec in super().projections(d_model).items()
+            if name in ("key", "value", "write")
+        }
+        return super().projections(d_model) | several
+
+    def streams(self, x: Arrays, p: Arrays) -> Streams:
+        q, k, v = self.qkv(x)
+        scale = self.key_dim**-0.5
+        return delta.gated_delta_product_streams(q, k, v, log_decay(x, p), self.strength(x), scale=scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class CombaConfig(GatedDeltaNetConfig):
+    """Corrects by what the state held before it decayed, and for less of the key.
+
+    The query is corrected too, q - d_h p. c starts as sigmoid(1), d as 1.
     """
 
-    def __init__(self, n_heads: int, *, rngs: nnx.Rngs):
-        self.a_log = param(rngs, _init_a_log, (n_heads,), ("heads",))
-        self.dt_bias = param(rngs, _init_dt_bias, (n_heads,), ("heads",))
+    def parameters(self, d_model: int) -> dict[str, Parameter]:
+        one = Parameter(nnx.initializers.ones, (self.key_heads,), ("heads",))
+        return super().parameters(d_model) | {"correction": one, "query_correction": one}
 
-    def __call__(self, a: Float[Array, "*tokens H"]) -> Float[Array, "*tokens H"]:
-        return -jnp.exp(self.a_log[...]) * jax.nn.softplus(a.astype(jnp.float32) + self.dt_bias[...])
-
-
-class GatedOutput(nnx.Module):
-    """y = W_o (RMSNorm(o) * silu(W_g x)), the norm per head."""
-
-    def __init__(self, d_model: int, n_heads: int, value_dim: int, *, eps: float, rngs: nnx.Rngs):
-        init = nnx.initializers.truncated_normal(d_model**-0.5)
-        out_init = nnx.initializers.truncated_normal((n_heads * value_dim) ** -0.5)
-        self.gate = param(rngs, init, (d_model, n_heads, value_dim), ("embed", "heads", "value"))
-        self.norm = RMSNorm(value_dim, axes=("value",), eps=eps, rngs=rngs)
-        self.out = param(rngs, out_init, (n_heads, value_dim, d_model), ("heads", "value", "embed"))
-
-    def __call__(self, o: Float[Array, "B T H V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = jax.nn.silu(einsum("btd,dhv->bthv", x, self.gate[...], _CHANNELS))
-        return einsum("bthv,hvd->btd", self.norm(o).astype(x.dtype) * gate, self.out[...], ("batch", "time", "embed"))
+    def streams(self, x: Arrays, p: Arrays) -> Streams:
+        q, k, v = self.qkv(x)
+        read = jax.nn.sigmoid(p["correction"])[:, None] * k
+        q = q - p["query_correction"][:, None] * read
+        return delta.comba_streams(q, k, v, read, log_decay(x, p), self.strength(x), scale=self.key_dim**-0.5)
 
 
-def split_qkv(qkv: Float[Array, "*tokens H channels"], key_dim: int) -> tuple[Array, Array, Array]:
-    """q, k and v of convolved channels: silu, then q and k at unit length."""
-    q, k, v = jnp.split(jax.nn.silu(qkv), [key_dim, 2 * key_dim], axis=-1)
-    return l2_normalize(q), l2_normalize(k), v
+def log_decay(x: Arrays, p: Arrays) -> Array:
+    """g = -e^{a_log} softplus(a + dt_bias) per head.
 
-
-def _init_a_log(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    return jnp.log(jax.random.uniform(key, shape, dtype, 1e-3, 16.0))
-
-
-def _init_dt_bias(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    step = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
-    return step + jnp.log(-jnp.expm1(-step))
+    Reference: Gu and Dao 2023, arXiv 2312.00752; Yang et al. 2024, arXiv 2412.06464.
+    """
+    return -jnp.exp(p["a_log"]) * jax.nn.softplus(x["decay"] + p["dt_bias"])

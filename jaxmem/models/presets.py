@@ -8,13 +8,14 @@ The names are those of size classes, not counts: every memory has key and value 
 import difflib
 
 from jaxmem.layers.attention import AttentionConfig
+from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
 from jaxmem.models.decoder import DecoderConfig
 
 
 def mixture_of_memories(d_model: int, n_layers: int, vocab_size: int = 32_000) -> DecoderConfig:
     """A pure mixture-of-memories decoder of the paper's shape at this width."""
-    mixer = MixtureOfMemoriesConfig(n_heads=min(4, d_model // 256), key_dim=256, value_dim=256)
+    mixer = MixtureOfMemoriesConfig(GatedDeltaNetConfig(n_heads=min(4, d_model // 256), key_dim=256, value_dim=256))
     return DecoderConfig(
         d_model=d_model,
         d_ffn=2 * d_model,
@@ -28,7 +29,7 @@ def mixture_of_memories(d_model: int, n_layers: int, vocab_size: int = 32_000) -
 
 def quickstart() -> DecoderConfig:
     """A byte-level hybrid for two CPU cores: mixtures of memories in turn with sliding-window attention."""
-    memories = MixtureOfMemoriesConfig(n_heads=2, key_dim=32, value_dim=64, chunk_tokens=32)
+    memories = MixtureOfMemoriesConfig(GatedDeltaNetConfig(n_heads=2, key_dim=32, value_dim=64, chunk_tokens=32))
     attention = AttentionConfig(n_heads=4, n_kv_heads=2, window=128)
     return DecoderConfig(d_model=128, d_ffn=384, pattern=(memories, attention), repeats=2, vocab_size=256)
 

@@ -342,8 +342,12 @@ def _pad(x: Array, n_tokens: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, n_tokens)] + [(0, 0)] * (x.ndim - 2))
 
 
-def recurrence_flops(key_dim: int, value_dim: int, chunk_tokens: int) -> int:
-    """Forward FLOPs per token and head of a delta rule in chunks, the inverse of [C, C] counted as 2 C^2 per token."""
-    c = chunk_tokens
-    inside = 2 * c * (2 * key_dim + key_dim + value_dim + value_dim) + 2 * c * c
-    return inside + 6 * key_dim * value_dim
+def recurrence_flops(
+    key_dim: int, value_dim: int, chunk_tokens: int, erases: Literal["nothing", "at k", "at b"] = "at k"
+) -> int:
+    """Forward FLOPs per step and head in chunks, the inverse of [C, C] counted as 2 C^2 per step."""
+    c, key, value = chunk_tokens, key_dim, value_dim
+    if erases == "nothing":
+        return 2 * c * (key + value) + 4 * key * value
+    delta_rule = 2 * c * (2 * key + (key + value) + value) + 2 * c * c + 6 * key * value
+    return delta_rule + (2 * c * (2 * key + 2 * value) + 2 * key * value if erases == "at b" else 0)

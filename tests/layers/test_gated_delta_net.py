@@ -1,5 +1,6 @@
 """The Gated DeltaNet layer against its equations in float64, its gate, its cost and its errors. Its laws: test_laws.py."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmem.layers.gated_delta_net import DecayGate, GatedDeltaNetConfig
+from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig, log_decay
+from jaxmem.layers.recurrent import in_full, make_parameters
 
 B, T, D = 2, 11, 8
 CONFIG = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, convolution_width=3, chunk_tokens=8)
@@ -18,13 +20,15 @@ program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization
 def equations(p, x):
     """One row, in the dtype that comes in; p: the layer's parameters as a dict of arrays."""
     unit = lambda a: a / jnp.sqrt(jnp.sum(a**2, -1, keepdims=True) + 1e-6)
-    width, key = len(p["convolution"]), CONFIG.key_dim
-    projected = jnp.concatenate([jnp.einsum("td,dhk->thk", x, p[name]) for name in ("query", "key", "value")], axis=-1)
-    padded = jnp.pad(projected, [(width - 1, 0), (0, 0), (0, 0)])
-    convolved = jax.nn.silu(sum(p["convolution"][tap] * padded[tap : tap + len(x)] for tap in range(width)))
-    q, k, v = unit(convolved[..., :key]), unit(convolved[..., key : 2 * key]), convolved[..., 2 * key :]
-    g = -jnp.exp(p["gates"]["a_log"]) * jax.nn.softplus(x @ p["decay"] + p["gates"]["dt_bias"])
-    beta = jax.nn.sigmoid(x @ p["write"])
+    width, key, weight = CONFIG.convolution_width, CONFIG.key_dim, p["projections"]["weight"]
+
+    def convolved(name):
+        padded = jnp.pad(jnp.einsum("td,dhk->thk", x, weight[name]), [(width - 1, 0), (0, 0), (0, 0)])
+        return jax.nn.silu(sum(p["taps"][name][tap] * padded[tap : tap + len(x)] for tap in range(width)))
+
+    q, k, v = unit(convolved("query")), unit(convolved("key")), convolved("value")
+    g = -jnp.exp(p["parameters"]["a_log"]) * jax.nn.softplus(x @ weight["decay"] + p["parameters"]["dt_bias"])
+    beta = jax.nn.sigmoid(x @ weight["write"])
 
     state = jnp.zeros((CONFIG.n_heads, key, CONFIG.value_dim), x.dtype)
     ys = []
@@ -33,7 +37,7 @@ def equations(p, x):
         u = beta[t][:, None] * (v[t] - jnp.einsum("hkv,hk->hv", state, k[t]))
         state = state + k[t][..., None] * u[:, None]
         o = jnp.einsum("hkv,hk->hv", state, q[t]) * key**-0.5
-        o = o / jnp.sqrt(jnp.mean(o**2, -1, keepdims=True) + CONFIG.norm_eps) * p["output"]["norm"]["scale"]
+        o = o / jnp.sqrt(jnp.mean(o**2, -1, keepdims=True) + CONFIG.norm_eps) * p["output"]["norm"]
         o = o * jax.nn.silu(jnp.einsum("d,dhv->hv", x[t], p["output"]["gate"]))
         ys.append(jnp.einsum("hv,hvd->d", o, p["output"]["out"]))
     return jnp.stack(ys)
@@ -66,22 +70,23 @@ def test_values_and_gradients_against_the_equations():
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
-def test_decay_gate_starts_between_slow_and_fast():
+def test_decays_start_between_slow_and_fast():
     """Step sizes in [1e-3, 1e-1] and rates in (0, 16], so that some heads remember long and some forget at once."""
-    gate = jax.jit(lambda: DecayGate(512, rngs=nnx.Rngs(0)))()
-    step = jax.nn.softplus(gate.dt_bias[...])
+    many = dataclasses.replace(CONFIG, n_heads=512)
+    p = jax.jit(lambda: {n: v[...] for n, v in make_parameters(many, D, rngs=nnx.Rngs(0)).items()})()
+    step, rate = jax.nn.softplus(p["dt_bias"]), jnp.exp(p["a_log"])
     assert 1e-3 * 0.999 <= step.min() < 2e-3 and 5e-2 < step.max() <= 1e-1 * 1.001
-    rate = jnp.exp(gate.a_log[...])
     assert 0 < rate.min() < 0.5 and 15 < rate.max() <= 16 and 7 < rate.mean() < 9
-    np.testing.assert_allclose(jax.jit(gate)(jnp.zeros((1, 512)))[0], -rate * step, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(log_decay)({"decay": jnp.zeros((1, 512))}, p)[0], -rate * step, rtol=1e-5)
 
 
-def test_decay_gate_is_float32_and_finite_far_out():
-    gate = DecayGate(2, rngs=nnx.Rngs(0))
+def test_decays_are_float32_and_finite_far_out():
+    p = {"a_log": jnp.zeros(2), "dt_bias": jnp.zeros(2)}
+    decay = jax.jit(lambda a: log_decay(in_full({"decay": a}), p))
     a = jnp.array([[-1e4, 1e4]], jnp.bfloat16)
-    g = jax.jit(gate)(a)
+    g = decay(a)
     assert g.dtype == jnp.float32 and bool(jnp.all(jnp.isfinite(g))) and bool(jnp.all(g <= 0))
-    d_a = jax.jit(jax.grad(lambda a: jnp.sum(gate(a))))(a.astype(jnp.float32))
+    d_a = jax.jit(jax.grad(lambda a: jnp.sum(decay(a))))(a.astype(jnp.float32))
     assert bool(jnp.all(jnp.isfinite(d_a)))
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from jaxmem.layers.short_convolution import convolve, last_items, short_convolution
 
 B, T, CHANNELS, WIDTH = 2, 9, 3, 4
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "gated_delta_rule.npz"
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "fla_recurrences.npz"
 
 
 @jax.jit
@@ -24,11 +24,10 @@ def outputs_and_gradients(x, weight, history, segment, history_segment, weight_o
 
 
 def test_against_torch():
-    """Recorded by tests/golden/make_gated_delta_rule.py."""
+    """Recorded by tests/golden/make_fla_recurrences.py."""
     with np.load(GOLDEN) as file:
-        x, weight, w, y, d_x, d_weight = (
-            file[f"convolution/{name}"] for name in ("x", "weight", "weight_of_y", "y", "d_x", "d_weight")
-        )
+        x, weight, w = (file[f"convolution/{name}"] for name in ("inputs/x", "inputs/weight", "weights/o"))
+        y, d_x, d_weight = (file[f"convolution/{name}"][0] for name in ("outputs/o", "gradients/x", "gradients/weight"))
     rows, _, channels = x.shape
     history = np.zeros((rows, len(weight) - 1, channels), np.float32)
     ones = np.ones(x.shape[:2], np.int32)

@@ -20,13 +20,13 @@ BLOCK = 128
 """Tokens per block of `blockwise_attention`."""
 FULL, WINDOW = AttentionConfig(4, 2), AttentionConfig(4, window=96)
 GDN = GatedDeltaNetConfig(4, 64, 64)
-MOM = MixtureOfMemoriesConfig(2, 64, 64)
+MOM = MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 64, 64))
 PATTERNS = {
     "attention": (FULL,),
     "window": (WINDOW,),
     "gated delta net": (GDN,),
     "mixture": (MOM,),
-    "mixture, one kv": (MixtureOfMemoriesConfig(2, 64, 64, single_kv=True, shared_memory=False),),
+    "mixture, one kv": (MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 64, 64), single_kv=True, shared_memory=False),),
     "hybrid": (MOM, FULL, GDN, WINDOW),
 }
 

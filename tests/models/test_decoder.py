@@ -10,14 +10,15 @@ import pytest
 from flax import nnx
 
 from jaxmem.layers.attention import Attention, AttentionConfig
-from jaxmem.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemories, MixtureOfMemoriesConfig
+from jaxmem.layers.recurrent import Recurrent
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 
 B, T, VOCAB = 2, 12, 50
 GDN = GatedDeltaNetConfig(2, 4, 4, chunk_tokens=8)
-MIXERS = (MixtureOfMemoriesConfig(2, 4, 4, chunk_tokens=8), GDN, AttentionConfig(2), AttentionConfig(2, window=3))
+MIXERS = (MixtureOfMemoriesConfig(GDN), GDN, AttentionConfig(2), AttentionConfig(2, window=3))
 PACKED = jnp.array([[1] * 5 + [2] * 7, [1] * 2 + [2] * 7 + [0] * 3])
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -47,12 +48,14 @@ def test_a_hybrid_is_one_line():
     config = decoder(3 * (GDN,) + (AttentionConfig(2),), repeats=3)
     model = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))
     assert config.n_layers == 12
-    assert [type(block.mixer) for block in model.blocks] == 3 * [GatedDeltaNet] + [Attention]
+    assert [type(block.mixer) for block in model.blocks] == 3 * [Recurrent] + [Attention]
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(nnx.state(model.blocks, nnx.Param)))
 
 
 def test_no_two_layers_start_alike():
-    queries = [np.asarray(block.mixer.query[...]).reshape(2, -1) for block in make(decoder()).blocks]
+    blocks = make(decoder()).blocks
+    weights = [getattr(block.mixer, "query", None) or block.mixer.projections.weight["query"] for block in blocks]
+    queries = [np.asarray(weight[...]).reshape(2, -1) for weight in weights]
     starts = [tuple(layer[:5]) for stack in queries for layer in stack]
     assert len(set(starts)) == decoder().n_layers
 
@@ -61,7 +64,7 @@ def test_the_programs_size_does_not_grow_with_depth():
     def program(repeats):
         model = nnx.eval_shape(lambda: decoder(repeats=repeats).make(rngs=nnx.Rngs(0)))
         text = str(jax.make_jaxpr(lambda model, tokens: model(tokens)[0])(model, make_tokens()))
-        return len(text.splitlines())
+        return text.count(" = ")  # equations
 
     assert program(2) == program(20)
 
@@ -185,8 +188,10 @@ def test_the_head(tied):
 
 
 def test_bf16_is_near_fp32_and_remembers_in_fp32():
-    model = make(decoder())
-    half = nnx.merge(nnx.graphdef(make(decoder(dtype="bfloat16"))), nnx.state(model))
+    """All memories chosen: where rounding makes routers choose otherwise, values differ by any amount."""
+    pattern = (dataclasses.replace(MIXERS[0], top_k=4), *MIXERS[1:])
+    model = make(decoder(pattern))
+    half = nnx.merge(nnx.graphdef(make(decoder(pattern, dtype="bfloat16"))), nnx.state(model))
 
     @jit
     def run(model, tokens):
@@ -198,7 +203,7 @@ def test_bf16_is_near_fp32_and_remembers_in_fp32():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(half, nnx.Param)))
     mixture, gdn, attention, _ = state
     assert mixture.memories.dtype == gdn.memory.dtype == jnp.float32 and attention.k.dtype == jnp.bfloat16
-    assert_close(logits_half, logits, 0.1)  # 8 bits through 8 layers, and a choice of memories now and then
+    assert_close(logits_half, logits, 0.1)  # 8 bits through 8 layers
     assert isinstance(half.blocks[0].mixer, MixtureOfMemories)
 
 

@@ -23,7 +23,7 @@ from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 
 PIECE, VOCAB, CAPACITY = 16, 300, 64
 GREEDY, WARM = SamplingConfig(temperature=0.0), SamplingConfig(temperature=1.0)
-MIXTURE = MixtureOfMemoriesConfig(2, 8, 8, chunk_tokens=8)
+MIXTURE = MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 8, 8, chunk_tokens=8))
 BOUNDED = (MIXTURE, AttentionConfig(2, window=6))
 HYBRID = (*BOUNDED, AttentionConfig(2), GatedDeltaNetConfig(2, 8, 8, chunk_tokens=8))
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxmem.layers.attention import AttentionConfig
+from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, make_mesh, param_spec, use_mesh
@@ -21,7 +22,7 @@ FAST = {"xla_backend_optimization_level": 0}
 MODEL = DecoderConfig(
     d_model=16,
     d_ffn=16,
-    pattern=(MixtureOfMemoriesConfig(2, 4, 4, n_memories=3, chunk_tokens=8), AttentionConfig(2)),
+    pattern=(MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 4, 4, chunk_tokens=8), n_memories=3), AttentionConfig(2)),
     repeats=2,
     vocab_size=VOCAB,
 )

@@ -31,7 +31,7 @@ EVERY_MIXER = (
     AttentionConfig(2),
     AttentionConfig(2, window=5),
     GatedDeltaNetConfig(2, 8, 8, chunk_tokens=8),
-    MixtureOfMemoriesConfig(2, 8, 8, chunk_tokens=8),
+    MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 8, 8, chunk_tokens=8)),
 )
 MIXTURE = EVERY_MIXER[-1:]
 PRODUCT = MeshConfig(data=2, fsdp=2, model=2)

@@ -2,6 +2,7 @@
 
 from jaxmem.checkpoints import CheckpointConfig
 from jaxmem.layers.attention import AttentionConfig
+from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.training.data import DataConfig
@@ -10,7 +11,8 @@ from jaxmem.training.optimizer import OptimizerConfig
 
 
 def config() -> TrainConfig:
-    memories = MixtureOfMemoriesConfig(n_heads=2, key_dim=4, value_dim=8, n_memories=2, top_k=1, chunk_tokens=16)
+    inner = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=8, chunk_tokens=16)
+    memories = MixtureOfMemoriesConfig(inner, n_memories=2, top_k=1)
     attention = AttentionConfig(n_heads=2, window=8)
     return TrainConfig(
         model=DecoderConfig(d_model=16, d_ffn=32, pattern=(memories, attention)),

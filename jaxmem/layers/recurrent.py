@@ -1,0 +1,381 @@
+"""The layer around any linear recurrence: projections, short convolutions, the recurrence, and what is made of its output.
+
+    x -> projections, each perhaps convolved over W tokens -> streams -> S_t = M_t S_{t-1} + B_t, o_t = S_t^T q_t -> output
+
+A named layer is a `RecurrentConfig` that lists its projections and small parameters, and turns them into the streams of
+`jaxmem.recurrences`, token by token. `Recurrent` runs it over a sequence, `MixtureOfMemories` over several memories.
+
+Cost per token: the projections, 2 W FLOPs per convolved channel, and the recurrence. State: H K V floats and W - 1 tokens
+of every convolved channel.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
+from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
+from jaxmem.recurrences.call import require_chunk
+from jaxmem.recurrences.engine import Documents, Streams, recurrence, recurrence_flops
+from jaxmem.sharding import einsum, local, param
+from jaxmem.sharding.rules import Axes
+from jaxmem.typing import Array, DTypeLike, Float, Initializer, Int, PRNGKeyArray, PyTree, Shaped
+
+Arrays = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """How x [D] becomes one input of a recurrence: W x, or W_up f(W_down x) through a bottleneck; plus a bias."""
+
+    shape: tuple[int, ...]
+    """Of what comes out per token, such as (H, K)."""
+    axes: tuple[str, ...]
+    """Logical names of these dimensions."""
+    convolved: bool = False
+    """Goes through a short convolution, one filter per channel."""
+    per_memory: bool = True
+    """In a mixture of memories: one for every memory."""
+    rank: int | None = None
+    """Width of the bottleneck; None: none."""
+    activation: Callable[[Array], Array] | None = None
+    """f, in the bottleneck."""
+    shifted: bool = False
+    """Reads x_t + mu * (x_{t-1} - x_t) instead of x_t, mu learned per channel of x."""
+
+
+class Parameter(NamedTuple):
+    """A small parameter of a recurrence, such as a rate per head; in a mixture, shared by all memories."""
+
+    init: Initializer
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+class RecurrentConfig(abc.ABC):
+    """A linear recurrence as a layer; a frozen dataclass with, besides its sizes, `chunk_tokens` and `convolution_width`."""
+
+    chunk_tokens: int
+    convolution_width: int
+
+    n_steps: ClassVar[int] = 1
+    """Steps of the recurrence per token."""
+    erases: ClassVar[Literal["nothing", "at k", "at b"]] = "nothing"
+    """What the recurrence erases, for counting FLOPs."""
+    is_complex: ClassVar[bool] = False
+
+    def __post_init__(self):
+        require_chunk(type(self).__name__, self.chunk_tokens)
+        if self.convolution_width:
+            require_history(type(self).__name__, self.convolution_width)
+
+    @property
+    @abc.abstractmethod
+    def state_shape(self) -> tuple[int, int, int]:
+        """H, K, V."""
+
+    @abc.abstractmethod
+    def projections(self, d_model: int) -> dict[str, Projection]:
+        """What is made of x."""
+
+    def parameters(self, d_model: int) -> dict[str, Parameter]:
+        """What else is learned."""
+        return {}
+
+    @abc.abstractmethod
+    def streams(self, x: Arrays, p: Arrays) -> Streams:
+        """The recurrence's streams of projections x [*tokens, ...], in fp32, and parameters p, token by token.
+
+        x has also "position" [*tokens], counted from 0 in each document.
+        """
+
+    def finish(self, o: Float[Array, "*tokens H V"], x: Arrays, p: Arrays) -> Float[Array, "*tokens H V"]:
+        """What the output layer is given of o, token by token."""
+        return o
+
+    @abc.abstractmethod
+    def output(self, d_model: int, *, rngs: nnx.Rngs) -> Callable[[Array, Array], Array]:
+        """The module that turns (o [B T H V], x [B T D]) into y [B T D]."""
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Recurrent":
+        return Recurrent(self, d_model, rngs=rngs)
+
+    def mixing_flops(self, d_model: int, context_tokens: int) -> int:
+        """Forward FLOPs per token of the recurrence; the convolution costs 2 x its parameters."""
+        heads, key, value = self.state_shape
+        chunk = min(self.chunk_tokens, context_tokens) * self.n_steps
+        return heads * self.n_steps * recurrence_flops(key, value, chunk, self.erases)
+
+
+_TOKENS = ("batch", "time")
+
+
+class Projections(nnx.Module):
+    """All projections of x, for one memory or for several; [*tokens, *shape] or [*tokens, M, *shape] each."""
+
+    def __init__(self, config: RecurrentConfig, d_model: int, *, n_memories: int | None = None, rngs: nnx.Rngs):
+        self.config, self.d_model, self.n_memories = config, d_model, n_memories
+        self.mix = nnx.Dict()
+        self.down = nnx.Dict()
+        self.weight = nnx.Dict()
+        normal = lambda width: nnx.initializers.truncated_normal(width**-0.5)
+        for name, spec in self.specs.items():
+            lead, lead_axes = ((n_memories,), ("memory",)) if self.is_per_memory(name) else ((), ())
+            if spec.shifted:
+                self.mix[name] = param(rngs, nnx.initializers.constant(0.5), (d_model,), ("embed",))
+            if spec.rank is None:
+                shape, axes = (d_model, *spec.shape), ("embed", *spec.axes)
+            else:
+                down = (*lead, d_model, spec.rank), (*lead_axes, "embed", "rank")
+                self.down[name] = param(rngs, normal(d_model), *down)
+                shape, axes = (spec.rank, *spec.shape), ("rank", *spec.axes)
+            self.weight[name] = param(rngs, normal(shape[0]), (*lead, *shape), (*lead_axes, *axes))
+
+    @property
+    def specs(self) -> dict[str, Projection]:
+        return self.config.projections(self.d_model)
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether a projection reads the token before."""
+        return any(spec.shifted for spec in self.specs.values())
+
+    def is_per_memory(self, name: str) -> bool:
+        return self.n_memories is not None and self.specs[name].per_memory
+
+    def axes(self, name: str) -> Axes:
+        """Logical names of the dimensions of a projection."""
+        return (*_TOKENS, *(("memory",) if self.is_per_memory(name) else ()), *self.specs[name].axes)
+
+    def __call__(self, x: Float[Array, "B T D"], before: Float[Array, "B T D"] | None = None) -> Arrays:
+        """Args: before: x of the token before, where some are shifted."""
+        made = {}
+        for name, spec in self.specs.items():
+            m = "m" if self.is_per_memory(name) else ""
+            out = "hijk"[: len(spec.shape)]
+            source, letters = x, "btd"
+            if spec.shifted:
+                source = x + (before - x) * self.mix[name][...].astype(x.dtype)
+            if spec.rank is not None:
+                axes = (*_TOKENS, *(("memory",) if m else ()), "rank")
+                source = einsum(f"btd,{m}dr->bt{m}r", source, self.down[name][...], axes)
+                source, letters = (source if spec.activation is None else spec.activation(source)), f"bt{m}r"
+            subscripts = f"{letters},{m}{letters[-1]}{out}->bt{m}{out}"
+            made[name] = einsum(subscripts, source, self.weight[name][...], self.axes(name))
+        return made
+
+
+class RecurrentState(NamedTuple):
+    """What the layer remembers."""
+
+    memory: Shaped[Array, "B H K V"]
+    """fp32."""
+    history: Arrays
+    """The last W - 1 inputs [B W-1 ...] of each convolution, by the name of the projection."""
+    last: Arrays
+    """The last x [B 1 D], if a projection reads it."""
+    cursor: Cursor
+
+
+class Recurrent(nnx.Module):
+    """A linear recurrence as a mixer; see `mixer` for how it is called."""
+
+    def __init__(self, config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs):
+        self.config, self.d_model = config, d_model
+        self.projections = Projections(config, d_model, rngs=rngs)
+        self.taps = make_taps(config, d_model, rngs=rngs)
+        self.parameters = make_parameters(config, d_model, rngs=rngs)
+        self.output = config.output(d_model, rngs=rngs)
+
+    def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32) -> RecurrentState:
+        c, specs = self.config, self.projections.specs
+        state = RecurrentState(
+            memory=jnp.zeros((batch, *c.state_shape), jnp.complex64 if c.is_complex else jnp.float32),
+            history={
+                name: jnp.zeros((batch, c.convolution_width - 1, *specs[name].shape), dtype) for name in self.taps
+            },
+            last={"x": jnp.zeros((batch, 1, self.d_model), dtype)} if self.projections.is_shifted else {},
+            cursor=init_cursor(batch),
+        )
+        return place_state(state, self._state_axes)
+
+    @property
+    def _state_axes(self) -> RecurrentState:
+        return RecurrentState(
+            memory=("batch", "heads", "key", "value"),
+            history={name: ("batch", "tap", *self.projections.specs[name].axes) for name in self.taps},
+            last={"x": ("batch", "tap", "embed")} if self.projections.is_shifted else {},
+            cursor=Cursor(("batch",), ("batch",)),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: RecurrentState | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RecurrentState]:
+        state = self.init_state(x.shape[0], dtype=x.dtype) if state is None else state
+        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
+        before, last = None, state.last
+        if self.projections.is_shifted:
+            before, last = shift(x, state.last, tokens.segment, state.cursor.segment)
+        projected = self.projections(x, before)
+        axes = self._state_axes
+        mix = local(
+            self._mix,
+            in_axes=(
+                {name: self.projections.axes(name) for name in projected},
+                Documents(_TOKENS, _TOKENS),
+                (_TOKENS, _TOKENS, ("batch",)),
+                {name: ("tap", *self.projections.specs[name].axes) for name in self.taps},
+                {name: p.axes for name, p in self.config.parameters(self.d_model).items()},
+                (axes.memory, axes.history),
+            ),
+            out_axes=((*_TOKENS, "heads", "value"), axes.memory, axes.history),
+        )
+        values = lambda params: {name: p[...] for name, p in params.items()}
+        o, memory, history = mix(
+            projected,
+            Documents(tokens.starts, tokens.real),
+            (tokens.position, tokens.segment, state.cursor.segment),
+            values(self.taps),
+            values(self.parameters),
+            (state.memory, state.history),
+        )
+        y = self.output(o, x) * tokens.real[..., None]
+        return y.astype(x.dtype), RecurrentState(memory, history, last, cursor)
+
+    def _mix(self, x: Arrays, documents: Documents, places, taps: Arrays, p: Arrays, state):
+        """Convolutions and the recurrence, on one device's rows and heads."""
+        (position, segment, segment_before), (memory, history), c = places, state, self.config
+        dtype, new_history = jax.tree.leaves(x)[0].dtype, {}
+        for name, weight in taps.items():
+            x[name], new_history[name] = short_convolution(x[name], weight, history[name], segment, segment_before)
+        o, memory = recurrence(
+            lambda x: c.streams(in_full(x), p),
+            x | {"position": position},
+            memory,
+            n_steps=c.n_steps,
+            documents=documents,
+            chunk_tokens=c.chunk_tokens,
+        )
+        return c.finish(o, x | {"position": position}, p).astype(dtype), memory, new_history
+
+
+def make_taps(config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs) -> PyTree:
+    """The filters of the convolved projections, by name."""
+    width = config.convolution_width
+    return nnx.Dict(
+        {
+            name: param(rngs, init_taps, (width, *spec.shape), ("tap", *spec.axes))
+            for name, spec in config.projections(d_model).items()
+            if spec.convolved and width
+        }
+    )
+
+
+def make_parameters(config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs) -> PyTree:
+    """The small parameters of a recurrence, by name."""
+    return nnx.Dict({name: param(rngs, *spec) for name, spec in config.parameters(d_model).items()})
+
+
+def in_full(x: Arrays) -> Arrays:
+    """fp32 (or better, if that is what comes in)."""
+    return {name: a.astype(jnp.promote_types(a.dtype, jnp.float32)) for name, a in x.items()}
+
+
+def shift(
+    x: Float[Array, "B T D"], last: Arrays, segment: Int[Array, "B T"], segment_before: Int[Array, "B"]
+) -> tuple[Float[Array, "B T D"], Arrays]:
+    """x of the token before, 0 where a document starts, and the last x."""
+    take_previous = jnp.array([1.0, 0.0])[:, None]
+    tokens = (*_TOKENS, "embed")
+    mix = local(
+        lambda x, last, segment, before: short_convolution(
+            x, jnp.broadcast_to(take_previous, (2, x.shape[-1])), last, segment, before
+        ),
+        in_axes=(tokens, ("batch", "tap", "embed"), _TOKENS, ("batch",)),
+        out_axes=(tokens, ("batch", "tap", "embed")),
+    )
+    before, last_x = mix(x, last["x"], segment, segment_before)
+    return before, {"x": last_x}
+
+
+class GatedOutput(nnx.Module):
+    """y = W_o (norm(o) * f(W_g x)), or with the gate before the norm, or without either.
+
+    Args:
+      gate: f; None: no gate.
+      gate_rank: W_g through a bottleneck of this width.
+      norm: over each head, over all heads together, or none.
+      gate_first: norm(o * f(W_g x)), as in Mamba-2.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        value_dim: int,
+        *,
+        gate: Callable[[Array], Array] | None = jax.nn.silu,
+        gate_rank: int | None = None,
+        norm: Literal["head", "all"] | None = "head",
+        gate_first: bool = False,
+        eps: float = 1e-6,
+        rngs: nnx.Rngs,
+    ):
+        self.activation, self.norm_over, self.gate_first, self.eps = gate, norm, gate_first, eps
+        normal = lambda width: nnx.initializers.truncated_normal(width**-0.5)
+        heads = ("heads", "value")
+        gate_width, gate_axis = (d_model, "embed") if gate_rank is None else (gate_rank, "rank")
+        make_gate = gate is not None
+        self.gate_down = (
+            param(rngs, normal(d_model), (d_model, gate_rank), ("embed", "rank")) if make_gate and gate_rank else None
+        )
+        self.gate = (
+            param(rngs, normal(gate_width), (gate_width, n_heads, value_dim), (gate_axis, *heads))
+            if make_gate
+            else None
+        )
+        shape, axes = ((value_dim,), ("value",)) if norm == "head" else ((n_heads, value_dim), heads)
+        self.norm = None if norm is None else param(rngs, nnx.initializers.ones, shape, axes)
+        self.out = param(rngs, normal(n_heads * value_dim), (n_heads, value_dim, d_model), (*heads, "embed"))
+
+    def __call__(self, o: Float[Array, "B T H V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        o = o.astype(x.dtype)
+        if self.gate is not None:
+            gate = x if self.gate_down is None else einsum("btd,dr->btr", x, self.gate_down[...], (*_TOKENS, "rank"))
+            gate = self.activation(einsum("btd,dhv->bthv", gate, self.gate[...], (*_TOKENS, "heads", "value")))
+            o = self._normalize(o * gate) if self.gate_first else self._normalize(o) * gate
+        else:
+            o = self._normalize(o)
+        return einsum("bthv,hvd->btd", o, self.out[...], (*_TOKENS, "embed"))
+
+    def _normalize(self, o: Array) -> Array:
+        if self.norm is None:
+            return o
+        full = o.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(full), axis=-1 if self.norm_over == "head" else (-2, -1), keepdims=True)
+        return (full * jax.lax.rsqrt(mean_square + self.eps) * self.norm[...]).astype(o.dtype)
+
+
+def init_a_log(low: float, high: float) -> Initializer:
+    """log U(low, high): rates of heads between slow and fast."""
+
+    def init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        return jnp.log(jax.random.uniform(key, shape, dtype, max(low, 1e-3), high))
+
+    return init
+
+
+def init_dt_bias(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """The inverse softplus of step sizes, log-uniform in [1e-3, 1e-1]."""
+    step = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1)))
+    return step + jnp.log(-jnp.expm1(-step))
