@@ -15,6 +15,13 @@ jaxtyping.install_import_hook(
 collect_ignore_glob = ["golden/*"]  # scripts that make golden arrays need torch, the tests do not
 
 
+def pytest_collection_modifyitems(items):
+    """The laws of one mixer share compiled programs: one process runs them."""
+    for item in items:
+        if item.path.name == "test_laws.py" and "name" in item.callspec.params:
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params["name"]))
+
+
 @pytest.fixture
 def unchecked():
     """As for a user: arguments meet the code's own checks, not those of the annotations."""

@@ -118,10 +118,6 @@ def torch_pass(f: Callable, arrays: tuple[jax.Array, ...], backward: bool) -> tu
 
 
 def fla_forms(chunk: int) -> dict[str, Callable]:
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # or torch's waiting threads spin: 20 times slower on a busy machine
-
     def naive(folder: str, name: str) -> Callable:  # by path: importing fla.ops needs Triton
         path = distribution("fla-core").locate_file(f"fla/ops/{folder}/naive.py")
         spec = importlib.util.spec_from_file_location("naive", path)
@@ -169,6 +165,8 @@ Others = dict[str, tuple[dict[str, Callable], Callable]]
 
 def installed(chunk: int) -> Others:
     """Forms of other packages by the recurrence they compute; says which packages there are."""
+    for name, value in {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}.items():
+        os.environ.setdefault(name, value)  # or their waiting threads spin: 20 times slower on a busy machine
     found = {}
     for package, (forms, make_pass) in OTHERS.items():
         try:

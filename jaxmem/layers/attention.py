@@ -29,7 +29,7 @@ from jaxmem.layers.blockwise_attention import Implementation, blockwise_attentio
 from jaxmem.layers.mixer import Cursor, Tokens, advance, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
-from jaxmem.sharding import einsum, local, param
+from jaxmem.sharding import einsum, local, param, require_whole_sequences
 from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
 
 
@@ -187,6 +187,7 @@ class Attention(nnx.Module):
 
         Raises: ValueError outside jit if a document outgrows the cache; under jit its tokens beyond come out NaN.
         """
+        require_whole_sequences("attention")
         fresh = state is None
         if fresh:
             state = self.init_state(x.shape[0], capacity=None if self.config.window else x.shape[1], dtype=x.dtype)

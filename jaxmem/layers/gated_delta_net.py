@@ -25,9 +25,9 @@ from jaxmem.layers.norm import l2_normalize
 from jaxmem.layers.recurrent import (
     Arrays,
     GatedOutput,
+    HeadsConfig,
     Parameter,
     Projection,
-    RecurrentConfig,
     init_a_log,
     init_dt_bias,
 )
@@ -37,52 +37,19 @@ from jaxmem.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaNetConfig(RecurrentConfig):
+class DeltaNetConfig(HeadsConfig):
     """One delta-rule memory per head."""
 
-    n_heads: int = 4
-    key_dim: int = 256
-    """Per head."""
-    value_dim: int = 256
-    """Per head."""
-    n_key_heads: int | None = None
-    """Heads of q and k, each serving n_heads / n_key_heads of v; None: as many."""
     negative_eigenvalues: bool = False
     """Write strengths in (0, 2) instead of (0, 1): a memory can then also turn over what it holds."""
-    convolution_width: int = 4
-    chunk_tokens: int = 64
-    norm_eps: float = 1e-6
 
     erases: ClassVar[Literal["nothing", "at k", "at b"]] = "at k"
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.n_heads % self.key_heads:
-            raise ValueError(
-                f"{type(self).__name__}: needs n_heads to be a multiple of n_key_heads, got n_heads={self.n_heads} and "
-                f"n_key_heads={self.n_key_heads}; every key head serves equally many heads"
-            )
-
-    @property
-    def key_heads(self) -> int:
-        return self.n_heads if self.n_key_heads is None else self.n_key_heads
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.n_heads, self.key_dim, self.value_dim
-
     def projections(self, d_model: int) -> dict[str, Projection]:
-        keys = (self.key_heads, self.key_dim), ("heads", "key")
-        values = (self.n_heads, self.value_dim), ("heads", "value")
-        return {
-            "query": Projection(*keys, convolved=True, per_memory=False),
-            "key": Projection(*keys, convolved=True),
-            "value": Projection(*values, convolved=True),
-            "write": Projection((self.n_heads,), ("heads",)),
-        }
+        return super().projections(d_model) | {"write": self.per_head()}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
-        return delta.delta_streams(*self.qkv(x), self.strength(x), scale=self.key_dim**-0.5)
+        return delta.delta_streams(*self.qkv(x), self.strength(x), scale=self.scale)
 
     def qkv(self, x: Arrays) -> tuple[Array, Array, Array]:
         """silu of all, q and k at unit length."""
@@ -102,7 +69,7 @@ class GatedDeltaNetConfig(DeltaNetConfig):
     """One gated-delta-rule memory per head. a_log starts as the log of U(0, 16)."""
 
     def projections(self, d_model: int) -> dict[str, Projection]:
-        return super().projections(d_model) | {"decay": Projection((self.n_heads,), ("heads",))}
+        return super().projections(d_model) | {"decay": self.per_head()}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
         heads = (self.n_heads,), ("heads",)
@@ -110,10 +77,10 @@ class GatedDeltaNetConfig(DeltaNetConfig):
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         q, k, v = self.qkv(x)
-        return delta.gated_delta_streams(q, k, v, log_decay(x, p), self.strength(x), scale=self.key_dim**-0.5)
+        return delta.gated_delta_streams(q, k, v, log_decay(x, p), self.strength(x), scale=self.scale)
 
     def output(self, d_model: int, *, rngs: nnx.Rngs) -> GatedOutput:
-        return GatedOutput(d_model, self.n_heads, self.value_dim, eps=self.norm_eps, rngs=rngs)
+        return HeadsConfig.output(self, d_model, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +112,7 @@ class GatedDeltaProductConfig(GatedDeltaNetConfig):
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         q, k, v = self.qkv(x)
-        scale = self.key_dim**-0.5
-        return delta.gated_delta_product_streams(q, k, v, log_decay(x, p), self.strength(x), scale=scale)
+        return delta.gated_delta_product_streams(q, k, v, log_decay(x, p), self.strength(x), scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +130,7 @@ class CombaConfig(GatedDeltaNetConfig):
         q, k, v = self.qkv(x)
         read = jax.nn.sigmoid(p["correction"])[:, None] * k
         q = q - p["query_correction"][:, None] * read
-        return delta.comba_streams(q, k, v, read, log_decay(x, p), self.strength(x), scale=self.key_dim**-0.5)
+        return delta.comba_streams(q, k, v, read, log_decay(x, p), self.strength(x), scale=self.scale)
 
 
 def log_decay(x: Arrays, p: Arrays) -> Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.sharding import constrain, local
+from jaxmem.sharding.folds import find_end, from_where, halo, is_first, prefix_fold, sequence_axis, spread
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
 
@@ -107,18 +108,25 @@ def advance(cursor: Cursor, segment_ids: Int[Array, "B T"] | None, n_tokens: int
 
 
 def _advance(cursor: Cursor, segment: Int[Array, "B T"]) -> tuple[Tokens, Cursor]:
-    previous = jnp.concatenate([cursor.segment[:, None], segment[:, :-1]], axis=1)
-    starts = (segment != previous) & (segment != 0)
-    index = jnp.arange(segment.shape[1], dtype=jnp.int32)
-    start = jax.lax.cummax(jnp.where(starts, index, -1), axis=1)
+    axis = sequence_axis()
+    cursor = spread(cursor, axis)
+    n_tokens, first = segment.shape[1], is_first(axis)
+    before = jnp.where(first, cursor.segment[:, None], halo(segment, 1, axis))
+    starts = (segment != jnp.concatenate([before, segment[:, :-1]], axis=1)) & (segment != 0)
+    index = jnp.arange(n_tokens, dtype=jnp.int32) + n_tokens * (0 if axis is None else jax.lax.axis_index(axis))
+    last_start = jax.lax.cummax(jnp.where(starts, index, -1), axis=1)
+    nothing = jnp.full_like(last_start[:, -1], -1)
+    earlier = prefix_fold(jnp.maximum, nothing, last_start[:, -1], axis)
+    start = jnp.maximum(last_start, earlier[:, None])
     position = index - start + jnp.where(start < 0, cursor.position[:, None] - 1, 0)
 
-    last = jnp.sum(segment != 0, axis=1, keepdims=True) - 1
+    n_real, holds_end = find_end(segment != 0, axis)
+    at_end = lambda x: jnp.take_along_axis(x, jnp.maximum(n_real - 1, 0)[:, None], 1)[:, 0]
     end = Cursor(
-        jnp.where(last < 0, cursor.segment[:, None], jnp.take_along_axis(segment, jnp.maximum(last, 0), 1))[:, 0],
-        jnp.where(last < 0, cursor.position[:, None], 1 + jnp.take_along_axis(position, jnp.maximum(last, 0), 1))[:, 0],
+        jnp.where(n_real == 0, cursor.segment, at_end(segment)),
+        jnp.where(n_real == 0, cursor.position, at_end(position) + 1),
     )
-    return Tokens(segment, position, starts), end
+    return Tokens(segment, position, starts), from_where(end, holds_end, axis)
 
 
 def place_state(state: PyTree, axes: PyTree) -> PyTree:

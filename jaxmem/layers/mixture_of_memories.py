@@ -27,9 +27,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.algebra import suffix
+from jaxmem.algebra.suffix import Suffix
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
-from jaxmem.layers.packing import pack, pack_by_memory, unpack
+from jaxmem.layers.packing import Packing, pack, pack_by_memory, unpack
 from jaxmem.layers.recurrent import (
     Arrays,
     Projections,
@@ -38,10 +40,12 @@ from jaxmem.layers.recurrent import (
     make_parameters,
     make_taps,
     shift,
+    with_constants,
 )
 from jaxmem.layers.short_convolution import convolve, last_items, short_convolution
 from jaxmem.recurrences.engine import Documents, chunks, steps
 from jaxmem.sharding import einsum, local, param
+from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, total
 from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
 
 
@@ -125,7 +129,7 @@ def route(
     weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
     counted = real[..., None].astype(jnp.float32)
     chosen = jnp.sum(memory[..., None] == jnp.arange(logits.shape[-1]), axis=-2)
-    use = RouterUse(jnp.sum(chosen * counted, axis=1), jnp.sum(probability * counted, axis=1))
+    use = total(RouterUse(jnp.sum(chosen * counted, axis=1), jnp.sum(probability * counted, axis=1)), sequence_axis())
     return memory, weight, use
 
 
@@ -145,6 +149,7 @@ def load_balancing_loss(use: RouterUse, top_k: int) -> Float[Array, ""]:
 
 _TOKENS = ("batch", "time")
 _CHOICES = (*_TOKENS, None)
+_SEGMENT = "segment of each"
 _ROUTER_AXES = RouterUse(("batch", "memory"), ("batch", "memory"))
 
 
@@ -209,7 +214,7 @@ class MixtureOfMemories(nnx.Module):
         if self.projections.is_shifted:
             before, last = shift(x, state.last, tokens.segment, state.cursor.segment)
         projected = self.projections(x, before)
-        axes = self._state_axes
+        axes, (p, p_axes) = self._state_axes, with_constants(c.inner, self.d_model, self.parameters)
         remembered_axes = axes.memories, axes.history, axes.segment
         mix = local(
             self._mix,
@@ -217,17 +222,16 @@ class MixtureOfMemories(nnx.Module):
                 {name: self.projections.axes(name) for name in projected},
                 (_CHOICES, _TOKENS, _TOKENS),
                 {name: ("tap", *self.projections.specs[name].axes) for name in self.taps},
-                {name: p.axes for name, p in c.inner.parameters(self.d_model).items()},
+                p_axes,
                 remembered_axes,
             ),
             out_axes=((*_CHOICES, "heads", "value"), *remembered_axes),
         )
-        values = lambda params: {name: p[...] for name, p in params.items()}
         o, *remembered = mix(
             projected,
             (memory, tokens.segment, tokens.position),
-            values(self.taps),
-            values(self.parameters),
+            {name: weight[...] for name, weight in self.taps.items()},
+            p,
             (state.memories, state.history, state.segment),
         )
         y = self.output(self._read(o, weight), x) * tokens.real[..., None]
@@ -276,23 +280,26 @@ class MixtureOfMemories(nnx.Module):
             past = past.reshape(batch, c.n_slots * n_history, *items.shape[2:])
             return pack(packing, jnp.concatenate([past.astype(items.dtype), items], axis=1))
 
-        segments = packed(
-            jnp.broadcast_to(segment[..., None], memory.shape),
-            jnp.broadcast_to(memory_segment[..., None], (*memory_segment.shape, n_history)),
-        )
-        inputs = {name: packed(a, history.get(name)) for name, a in x.items()}
+        axis, of_items = sequence_axis(), jnp.broadcast_to(segment[..., None], memory.shape)
+        before = history | {_SEGMENT: jnp.broadcast_to(memory_segment[..., None], (*memory_segment.shape, n_history))}
+        if n_shards(axis) > 1:
+            new = {name: packed(a) for name, a in x.items() if name in history} | {_SEGMENT: packed(of_items)}
+            before = remembered_before(before, new, packing, axis)
+        segments = packed(of_items, before[_SEGMENT])
+        inputs = {name: packed(a, before.get(name)) for name, a in x.items()}
         lead = lambda a: jnp.pad(a, [(0, 0), (n_history, 0)] + [(0, 0)] * (a.ndim - 2))
         convolved = {name: convolve(lead(inputs[name]), lead(segments), weight) for name, weight in taps.items()}
 
         item = packing.holds_item
         documents = Documents(item & (segments != jnp.roll(segments, 1, axis=1)), item)
-        x = inputs | convolved
+        x = inner.prepare(inputs | convolved, p)
         make = lambda x: inner.streams(in_full(x), p)
         o, memories = chunks(make, x, memories, packing.chunk_memory, inner.n_steps, documents)
-        o = unpack(packing, inner.finish(o, x, p))
+        o = unpack(packing, inner.finish(o, in_full(x), p))
         last = lambda a: jax.vmap(lambda end: last_items(a, segments, end, n_history + 1), in_axes=1, out_axes=1)
         history = {name: last(inputs[name])(packing.end)[0].astype(a.dtype) for name, a in history.items()}
         memory_segment = jnp.take_along_axis(segments, packing.end - 1, axis=1)
+        history, memory_segment = from_last((history, memory_segment), axis)
         return o.reshape(batch, n_tokens, n_choices, *o.shape[2:]), memories, history, memory_segment
 
     def _mix_token(self, x, memory, segment, taps, p, memories, history, memory_segment):
@@ -308,8 +315,30 @@ class MixtureOfMemories(nnx.Module):
         for name, weight in taps.items():
             x[name], new = short_convolution(x[name], weight, take(history[name]), now, before)
             new_history[name] = put(history[name], new)
+        x = inner.prepare(x, p)
         make = lambda x: inner.streams(in_full(x), p)
         documents = Documents(now != before[:, None], now != 0)
         o, new = steps(make, x, take(memories), inner.n_steps, documents)
-        o = inner.finish(o, x, p).reshape(shape[0], 1, shape[1], *o.shape[2:])
+        o = inner.finish(o, in_full(x), p).reshape(shape[0], 1, shape[1], *o.shape[2:])
         return o, put(memories, new), new_history, put(memory_segment, now[:, 0])
+
+
+def remembered_before(before: Arrays, packed: Arrays, packing: Packing, axis: str | None) -> Arrays:
+    """The last things [B M n ...] each memory saw before this device's tokens: those `before` the sequence, then those of
+    the devices in front of it, whose things [B P ...] are packed with nothing as their history."""
+    places = packing.history.reshape(*packing.end.shape, -1)  # [B M n]
+    n_history = places.shape[-1]
+    n_items = packing.end - places[..., 0] - n_history
+
+    def of_array(before: Array, packed: Array) -> Array:
+        flat = lambda a: a.reshape(*a.shape[:3], -1).astype(jnp.float32)
+        window = packing.end[..., None] - n_history + jnp.arange(n_history)  # [B M n]
+        mine = jax.vmap(lambda row, at: row[at])(packed, window)
+        own = Suffix(flat(mine), jnp.minimum(n_items, n_history))
+        first = Suffix(flat(before), jnp.full_like(n_items, n_history))
+        nothing = suffix.identity(own.items.shape, own.items.dtype)
+        earlier = prefix_fold(suffix.combine, nothing, own, axis)
+        items = suffix.combine(spread(first, axis), earlier).items
+        return items.reshape(before.shape).astype(before.dtype)
+
+    return {name: of_array(before[name], packed[name]) for name in before}

@@ -22,7 +22,7 @@ from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
 from jaxmem.recurrences.call import require_chunk
 from jaxmem.recurrences.engine import Documents, Streams, recurrence, recurrence_flops
-from jaxmem.sharding import einsum, local, param
+from jaxmem.sharding import constrain, einsum, local, param
 from jaxmem.sharding.rules import Axes
 from jaxmem.typing import Array, DTypeLike, Float, Initializer, Int, PRNGKeyArray, PyTree, Shaped
 
@@ -47,6 +47,8 @@ class Projection:
     """f, in the bottleneck."""
     shifted: bool = False
     """Reads x_t + mu * (x_{t-1} - x_t) instead of x_t, mu learned per channel of x."""
+    is_identity: bool = False
+    """x itself; shape is (D,)."""
 
 
 class Parameter(NamedTuple):
@@ -87,12 +89,20 @@ class RecurrentConfig(abc.ABC):
         """What else is learned."""
         return {}
 
+    def constants(self, d_model: int) -> dict[str, tuple[Array, Axes]]:
+        """What else `streams` needs, not learned: arrays and the logical names of their dimensions."""
+        return {}
+
     @abc.abstractmethod
     def streams(self, x: Arrays, p: Arrays) -> Streams:
-        """The recurrence's streams of projections x [*tokens, ...], in fp32, and parameters p, token by token.
+        """The recurrence's streams of projections x [*tokens, ...], in fp32, and parameters and constants p, token by token.
 
         x has also "position" [*tokens], counted from 0 in each document.
         """
+
+    def prepare(self, x: Arrays, p: Arrays) -> Arrays:
+        """More inputs of `streams`, made of the projections once for the whole sequence, token by token."""
+        return x
 
     def finish(self, o: Float[Array, "*tokens H V"], x: Arrays, p: Arrays) -> Float[Array, "*tokens H V"]:
         """What the output layer is given of o, token by token."""
@@ -112,6 +122,67 @@ class RecurrentConfig(abc.ABC):
         return heads * self.n_steps * recurrence_flops(key, value, chunk, self.erases)
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadsConfig(RecurrentConfig):
+    """A recurrence of H heads with queries and keys of width K and values of width V."""
+
+    n_heads: int = 4
+    key_dim: int = 256
+    """Per head."""
+    value_dim: int = 256
+    """Per head."""
+    n_key_heads: int | None = None
+    """Heads of q and k, each serving n_heads / n_key_heads of v; None: as many."""
+    convolution_width: int = 4
+    """Of the filters of q, k and v; 0: none."""
+    chunk_tokens: int = 64
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_heads % self.key_heads:
+            raise ValueError(
+                f"{type(self).__name__}: needs n_heads to be a multiple of n_key_heads, got n_heads={self.n_heads} and "
+                f"n_key_heads={self.n_key_heads}; every key head serves equally many heads"
+            )
+
+    @property
+    def key_heads(self) -> int:
+        return self.n_heads if self.n_key_heads is None else self.n_key_heads
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.n_heads, self.key_dim, self.value_dim
+
+    @property
+    def scale(self) -> float:
+        return self.key_dim**-0.5
+
+    def projections(self, d_model: int) -> dict[str, Projection]:
+        keys = (self.key_heads, self.key_dim), ("heads", "key")
+        values = (self.n_heads, self.value_dim), ("heads", "value")
+        return {
+            "query": Projection(*keys, convolved=True, per_memory=False),
+            "key": Projection(*keys, convolved=True),
+            "value": Projection(*values, convolved=True),
+        }
+
+    def per_head(self, **options) -> Projection:
+        """A projection to one number per head."""
+        return Projection((self.n_heads,), ("heads",), **options)
+
+    def per_key(self, **options) -> Projection:
+        """A projection to one number per head and key channel."""
+        return Projection((self.n_heads, self.key_dim), ("heads", "key"), **options)
+
+    def qkv(self, x: Arrays) -> tuple[Array, Array, Array]:
+        """silu of all, if there are convolutions."""
+        return tuple(jax.nn.silu(x[n]) if self.convolution_width else x[n] for n in ("query", "key", "value"))
+
+    def output(self, d_model: int, *, rngs: nnx.Rngs) -> "GatedOutput":
+        return GatedOutput(d_model, self.n_heads, self.value_dim, eps=self.norm_eps, rngs=rngs)
+
+
 _TOKENS = ("batch", "time")
 
 
@@ -125,6 +196,8 @@ class Projections(nnx.Module):
         self.weight = nnx.Dict()
         normal = lambda width: nnx.initializers.truncated_normal(width**-0.5)
         for name, spec in self.specs.items():
+            if spec.is_identity:
+                continue
             lead, lead_axes = ((n_memories,), ("memory",)) if self.is_per_memory(name) else ((), ())
             if spec.shifted:
                 self.mix[name] = param(rngs, nnx.initializers.constant(0.5), (d_model,), ("embed",))
@@ -146,7 +219,7 @@ class Projections(nnx.Module):
         return any(spec.shifted for spec in self.specs.values())
 
     def is_per_memory(self, name: str) -> bool:
-        return self.n_memories is not None and self.specs[name].per_memory
+        return self.n_memories is not None and self.specs[name].per_memory and not self.specs[name].is_identity
 
     def axes(self, name: str) -> Axes:
         """Logical names of the dimensions of a projection."""
@@ -156,11 +229,14 @@ class Projections(nnx.Module):
         """Args: before: x of the token before, where some are shifted."""
         made = {}
         for name, spec in self.specs.items():
+            if spec.is_identity:
+                made[name] = constrain(x, *self.axes(name))
+                continue
             m = "m" if self.is_per_memory(name) else ""
             out = "hijk"[: len(spec.shape)]
             source, letters = x, "btd"
             if spec.shifted:
-                source = x + (before - x) * self.mix[name][...].astype(x.dtype)
+                source = x + (before - x) * constrain(self.mix[name][...], "embed").astype(x.dtype)
             if spec.rank is not None:
                 axes = (*_TOKENS, *(("memory",) if m else ()), "rank")
                 source = einsum(f"btd,{m}dr->bt{m}r", source, self.down[name][...], axes)
@@ -227,7 +303,7 @@ class Recurrent(nnx.Module):
         if self.projections.is_shifted:
             before, last = shift(x, state.last, tokens.segment, state.cursor.segment)
         projected = self.projections(x, before)
-        axes = self._state_axes
+        axes, (p, p_axes) = self._state_axes, with_constants(self.config, self.d_model, self.parameters)
         mix = local(
             self._mix,
             in_axes=(
@@ -235,18 +311,17 @@ class Recurrent(nnx.Module):
                 Documents(_TOKENS, _TOKENS),
                 (_TOKENS, _TOKENS, ("batch",)),
                 {name: ("tap", *self.projections.specs[name].axes) for name in self.taps},
-                {name: p.axes for name, p in self.config.parameters(self.d_model).items()},
+                p_axes,
                 (axes.memory, axes.history),
             ),
             out_axes=((*_TOKENS, "heads", "value"), axes.memory, axes.history),
         )
-        values = lambda params: {name: p[...] for name, p in params.items()}
         o, memory, history = mix(
             projected,
             Documents(tokens.starts, tokens.real),
             (tokens.position, tokens.segment, state.cursor.segment),
-            values(self.taps),
-            values(self.parameters),
+            {name: weight[...] for name, weight in self.taps.items()},
+            p,
             (state.memory, state.history),
         )
         y = self.output(o, x) * tokens.real[..., None]
@@ -258,15 +333,16 @@ class Recurrent(nnx.Module):
         dtype, new_history = jax.tree.leaves(x)[0].dtype, {}
         for name, weight in taps.items():
             x[name], new_history[name] = short_convolution(x[name], weight, history[name], segment, segment_before)
+        x = c.prepare(x | {"position": position}, p)
         o, memory = recurrence(
             lambda x: c.streams(in_full(x), p),
-            x | {"position": position},
+            x,
             memory,
             n_steps=c.n_steps,
             documents=documents,
             chunk_tokens=c.chunk_tokens,
         )
-        return c.finish(o, x | {"position": position}, p).astype(dtype), memory, new_history
+        return c.finish(o, in_full(x), p).astype(dtype), memory, new_history
 
 
 def make_taps(config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs) -> PyTree:
@@ -286,24 +362,32 @@ def make_parameters(config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs) ->
     return nnx.Dict({name: param(rngs, *spec) for name, spec in config.parameters(d_model).items()})
 
 
+def with_constants(config: RecurrentConfig, d_model: int, parameters: PyTree) -> tuple[Arrays, dict[str, Axes]]:
+    """The values of the small parameters and the constants of a recurrence, and the logical names of their dimensions."""
+    constants = config.constants(d_model)
+    values = {name: p[...] for name, p in parameters.items()}
+    values |= {name: constrain(value, *axes) for name, (value, axes) in constants.items()}
+    axes = {name: spec.axes for name, spec in config.parameters(d_model).items()}
+    return values, axes | {name: axes for name, (_, axes) in constants.items()}
+
+
 def in_full(x: Arrays) -> Arrays:
-    """fp32 (or better, if that is what comes in)."""
-    return {name: a.astype(jnp.promote_types(a.dtype, jnp.float32)) for name, a in x.items()}
+    """Floats as fp32 (or better, if that is what comes in)."""
+    full = lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)) if jnp.issubdtype(a.dtype, jnp.inexact) else a
+    return jax.tree.map(full, x)
 
 
 def shift(
     x: Float[Array, "B T D"], last: Arrays, segment: Int[Array, "B T"], segment_before: Int[Array, "B"]
 ) -> tuple[Float[Array, "B T D"], Arrays]:
     """x of the token before, 0 where a document starts, and the last x."""
-    take_previous = jnp.array([1.0, 0.0])[:, None]
-    tokens = (*_TOKENS, "embed")
-    mix = local(
-        lambda x, last, segment, before: short_convolution(
-            x, jnp.broadcast_to(take_previous, (2, x.shape[-1])), last, segment, before
-        ),
-        in_axes=(tokens, ("batch", "tap", "embed"), _TOKENS, ("batch",)),
-        out_axes=(tokens, ("batch", "tap", "embed")),
-    )
+
+    def previous(x, last, segment, segment_before):
+        weight = jnp.stack([jnp.ones_like(x[0, 0]), jnp.zeros_like(x[0, 0])])
+        return short_convolution(x, weight, last, segment, segment_before)
+
+    tokens, rows = (*_TOKENS, "embed"), ("batch", "tap", "embed")
+    mix = local(previous, in_axes=(tokens, rows, _TOKENS, ("batch",)), out_axes=(tokens, rows))
     before, last_x = mix(x, last["x"], segment, segment_before)
     return before, {"x": last_x}
 
@@ -314,6 +398,7 @@ class GatedOutput(nnx.Module):
     Args:
       gate: f; None: no gate.
       gate_rank: W_g through a bottleneck of this width.
+      gate_bias: W_g x + b instead.
       norm: over each head, over all heads together, or none.
       gate_first: norm(o * f(W_g x)), as in Mamba-2.
     """
@@ -326,6 +411,7 @@ class GatedOutput(nnx.Module):
         *,
         gate: Callable[[Array], Array] | None = jax.nn.silu,
         gate_rank: int | None = None,
+        gate_bias: bool = False,
         norm: Literal["head", "all"] | None = "head",
         gate_first: bool = False,
         eps: float = 1e-6,
@@ -344,6 +430,8 @@ class GatedOutput(nnx.Module):
             if make_gate
             else None
         )
+        bias = nnx.initializers.zeros, (n_heads, value_dim), heads
+        self.gate_bias = param(rngs, *bias) if gate_bias else None
         shape, axes = ((value_dim,), ("value",)) if norm == "head" else ((n_heads, value_dim), heads)
         self.norm = None if norm is None else param(rngs, nnx.initializers.ones, shape, axes)
         self.out = param(rngs, normal(n_heads * value_dim), (n_heads, value_dim, d_model), (*heads, "embed"))
@@ -352,7 +440,8 @@ class GatedOutput(nnx.Module):
         o = o.astype(x.dtype)
         if self.gate is not None:
             gate = x if self.gate_down is None else einsum("btd,dr->btr", x, self.gate_down[...], (*_TOKENS, "rank"))
-            gate = self.activation(einsum("btd,dhv->bthv", gate, self.gate[...], (*_TOKENS, "heads", "value")))
+            gate = einsum("btd,dhv->bthv", gate, self.gate[...], (*_TOKENS, "heads", "value"))
+            gate = self.activation(gate if self.gate_bias is None else gate + self.gate_bias[...].astype(gate.dtype))
             o = self._normalize(o * gate) if self.gate_first else self._normalize(o) * gate
         else:
             o = self._normalize(o)

@@ -16,8 +16,8 @@ from jaxmem.typing import Array, Float, Int
 
 
 def rotary(
-    x: Float[Array, "B T heads K"], positions: Int[Array, "B T"], *, theta: float = 10_000.0
-) -> Float[Array, "B T heads K"]:
+    x: Float[Array, "*tokens heads K"], positions: Int[Array, "*tokens"], *, theta: float = 10_000.0
+) -> Float[Array, "*tokens heads K"]:
     """x with every head turned by its token's position, computed in fp32 and returned in x.dtype.
 
     Args:
@@ -33,14 +33,14 @@ def rotary(
     width = x.shape[-1]
     if width % 2:
         raise ValueError(f"rotary: needs an even head width, got K={width}; change head_dim or use rope_theta=None")
-    angle = _angles(positions, width, theta)[:, :, None, :]  # [B, T, 1, K/2]
+    angle = _angles(positions, width, theta)[..., None, :]  # [*tokens, 1, K/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
-def _angles(positions: Int[Array, "B T"], width: int, theta: float) -> Float[Array, "B T half"]:
+def _angles(positions: Int[Array, "*tokens"], width: int, theta: float) -> Float[Array, "*tokens half"]:
     """position * theta^(-2i/K) modulo one turn, in [-pi, pi).
 
     Counted in integers of 2^-32 turn, whose product wraps around exactly where the circle does. In fp32 the product
@@ -49,5 +49,5 @@ def _angles(positions: Int[Array, "B T"], width: int, theta: float) -> Float[Arr
     """
     turns = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width) / (2 * np.pi)
     step = jnp.asarray(np.round(turns * 2.0**32).astype(np.uint32))
-    phase = positions.astype(jnp.uint32)[:, :, None] * step
+    phase = positions.astype(jnp.uint32)[..., None] * step
     return phase.astype(jnp.int32).astype(jnp.float32) * (2 * np.pi / 2.0**32)

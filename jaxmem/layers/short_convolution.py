@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.sharding import constrain, local, param
+from jaxmem.sharding.folds import find_end, from_where, halo, is_first, sequence_axis, spread
 from jaxmem.typing import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 
@@ -64,15 +65,18 @@ def short_convolution(
 ) -> tuple[Float[Array, "B T *channels"], Float[Array, "B W-1 *channels"]]:
     """Convolves x behind `history`, the last W-1 inputs seen (zeros if none), all of segment `history_segment`.
 
-    Segment 0 is padding at the end of a row. Returns y and the new history.
+    Segment 0 is padding at the end of a row. Returns y and the new history. Inside `local` on a mesh that splits time, a
+    device reads the last W-1 inputs of the one before, in one exchange.
     """
-    width = weight.shape[0]
-    before = jnp.broadcast_to(history_segment[:, None], (x.shape[0], width - 1))
-    segments = jnp.concatenate([before, segment], axis=1)
-    items = jnp.concatenate([history.astype(x.dtype), x], axis=1)
-    end = width - 1 + jnp.sum(segment != 0, axis=1)
-    new_history, _ = last_items(items, segments, end, width)
-    return convolve(items, segments, weight), new_history.astype(history.dtype)
+    axis, n_history = sequence_axis(), weight.shape[0] - 1
+    first = is_first(axis)
+    items_before = jnp.where(first, spread(history, axis).astype(x.dtype), halo(x, n_history, axis))
+    segments_before = jnp.where(first, spread(history_segment, axis)[:, None], halo(segment, n_history, axis))
+    segments = jnp.concatenate([segments_before, segment], axis=1)
+    items = jnp.concatenate([items_before, x], axis=1)
+    n_real, holds_end = find_end(segment != 0, axis)
+    new_history, _ = last_items(items, segments, n_history + n_real, n_history + 1)
+    return convolve(items, segments, weight), from_where(new_history.astype(history.dtype), holds_end, axis)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,10 +112,14 @@ def selective_scan(
     arrays = {"x": (x, "B T D"), "dt": (dt, "B T D"), "b": (b, "B T N"), "c": (c, "B T N")}
 
     def streams(x: Array, dt: Array, b: Array, c: Array, *, scale: float) -> Streams:
-        decay = affine.Elementwise((dt[..., None] * a)[..., None])
-        return Streams(scale * c[..., None, :], b[..., None, :], (dt * x)[..., None], decay)
+        return selective_streams(x, dt, a, b, scale * c)
 
     return _call("selective_scan", streams, arrays, x, state, "B D N", d=d, **options)
+
+
+def selective_streams(x: Array, dt: Array, a: Array, b: Array, c: Array) -> Streams:
+    decay = affine.Elementwise((dt[..., None] * a)[..., None])
+    return Streams(c[..., None, :], b[..., None, :], (dt * x)[..., None], decay)
 
 
 def state_space(
@@ -132,16 +136,19 @@ def state_space(
 
     The same from an empty state as a convolution with `state_space_kernel`. N complex numbers stand for 2 N real ones.
     """
-    g, scaled_b = _discretized(dt, a, b)
 
     def streams(x: Array, *, scale: float) -> Streams:
-        tokens = x.shape[:-1]
-        over_tokens = lambda p: jnp.broadcast_to(p, (*tokens, *p.shape))
-        decay = affine.Elementwise(over_tokens(g)[..., None])
-        return Streams(over_tokens(2 * scale * c), over_tokens(scaled_b), x[..., None], decay)
+        return state_space_streams(x, dt, a, b, scale * c)
 
     more = {"sizes": {"N": a.shape[1]}, "is_complex": True, "d": d}
     return _call("state_space", streams, {"x": (x, "B T D")}, x, state, "B D N", **more, **options)
+
+
+def state_space_streams(x: Array, dt: Array, a: Array, b: Array, c: Array) -> Streams:
+    g, scaled_b = _discretized(dt, a, b)
+    over_tokens = lambda p: jnp.broadcast_to(p, (*x.shape[:-1], *p.shape))
+    decay = affine.Elementwise(over_tokens(g)[..., None])
+    return Streams(over_tokens(2 * c), over_tokens(scaled_b), x[..., None], decay)
 
 
 def state_space_kernel(

@@ -34,6 +34,7 @@ from jaxmem.algebra import affine
 from jaxmem.recurrences.chunk_decays import in_chunk
 from jaxmem.recurrences.products import dot, linear_scan, sum_to
 from jaxmem.recurrences.triangular import unit_lower_inverse
+from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, spread_like
 from jaxmem.typing import Array, Bool, Float, Int, PyTree, Shaped
 
 Implementation = Literal["reference", "xla"]
@@ -93,7 +94,13 @@ def recurrence(
       implementation: "reference" steps token by token; "xla" works in chunks; None picks: steps for T == 1, else chunks.
     """
     batch, n_tokens = jax.tree.leaves(inputs)[0].shape[:2]
-    if implementation == "reference" or (implementation is None and n_tokens == 1):
+    split = n_shards(sequence_axis()) > 1
+    if implementation == "reference" or (implementation is None and n_tokens == 1 and not split):
+        if split:
+            raise NotImplementedError(
+                "recurrence: needs whole sequences to step through, got time split over the mesh axis "
+                f"{sequence_axis()!r}; use implementation='xla'"
+            )
         return steps(make, inputs, state, n_steps, documents)
     if n_tokens % chunk_tokens:
         documents = documents or Documents(jnp.zeros((batch, n_tokens), bool), jnp.ones((batch, n_tokens), bool))
@@ -129,8 +136,9 @@ def steps(
         return state, o
 
     time_first = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (inputs, documents))
-    state, o = jax.lax.scan(body, state, time_first)
-    return jnp.moveaxis(o, 0, 1), state
+    axis = sequence_axis()
+    state, o = jax.lax.scan(body, spread(state, axis), time_first)
+    return jnp.moveaxis(o, 0, 1), from_last(state, axis)
 
 
 def chunks(
@@ -143,11 +151,74 @@ def chunks(
 ) -> tuple[Shaped[Array, "B T H V"], Shaped[Array, "B M H K V"]]:
     """The recurrence in N chunks of T / N tokens, chunk n of row b continuing memory chunk_memory[b, n].
 
-    A chunk never holds tokens of two memories.
+    A chunk never holds tokens of two memories. Inside `local` on a mesh that splits time, a device's tokens go on where
+    those of the device before ended, and the memories are those of the whole sequence, on every device.
     """
+    axis = sequence_axis()
+    if n_shards(axis) > 1:
+        segment = segment_map(make, inputs, memories.shape[1:], chunk_memory, n_steps, documents)
+        nothing = affine.identity(type(segment.M), segment.B.shape, segment.B.dtype)
+        memories = affine.apply(prefix_fold(affine.combine, nothing, segment, axis), memories)
+    chunk_tokens = jax.tree.leaves(inputs)[0].shape[1] // chunk_memory.shape[1]
+
+    def group(memories, x, visited):
+        chunk, read = _prepare(x)
+        starts, written, memories = hand_on(chunk, memories, visited)
+        o = read(starts, written)[..., n_steps - 1 : chunk_tokens * n_steps : n_steps, :]
+        return memories, jnp.moveaxis(jnp.moveaxis(o, 0, 1), 2, 3)
+
+    memories, o = _over_groups(group, spread(memories, axis), make, inputs, chunk_memory, n_steps, documents)
+    o = jnp.moveaxis(o, 0, 1)  # [groups, B, N, C, H, V] -> [B, groups, N, C, H, V]
+    o = o.reshape(o.shape[0], -1, *o.shape[4:])[:, : jax.tree.leaves(inputs)[0].shape[1]]
+    return o, from_last(memories, axis)
+
+
+def segment_map(
+    make: MakeStreams,
+    inputs: PyTree,
+    state_shape: tuple[int, int, int, int],
+    chunk_memory: Int[Array, "B N"],
+    n_steps: int = 1,
+    documents: Documents | None = None,
+) -> affine.Segment:
+    """What these tokens do to each of the memories [M H K V], as one map S -> M S + B; the arguments are those of `chunks`.
+
+    Without e, M is the product of all decays. Else it is what becomes of K more columns that begin as the unit matrix and
+    are never written to.
+    Cost: that of `chunks` without its outputs, and with e, of K more value columns in what is handed on.
+    """
+    n_memories, heads, key, value = state_shape
+    batch = chunk_memory.shape[0]
+    shapes = jax.eval_shape(lambda inputs: make(inputs), inputs)
+    kind, erases = type(shapes.decay), shapes.erase is not None
+    dtype = jnp.result_type(shapes.v.dtype, shapes.decay.g.dtype)
+    unit = jnp.broadcast_to(jnp.eye(key, dtype=dtype), (batch, n_memories, heads, key, key))
+    written = jnp.zeros((batch, n_memories, heads, key, value), dtype)
+    nothing = affine.identity(kind, written.shape, dtype).M
+
+    def group(carry, x, visited):
+        memories, decay = carry
+        chunk, _ = _prepare(x)
+        if erases:
+            wider = lambda a: None if a is None else jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, key)])
+            chunk = chunk._replace(u=wider(chunk.u), extra=wider(chunk.extra))
+        else:
+            g = x.decay.g.sum(axis={affine.Scalar: -1, affine.Vector: -2, affine.Elementwise: -3}[kind])  # [N B H ...]
+            mine = visited[..., None] == jnp.arange(n_memories)  # [N B M]
+            mine = mine.reshape(*mine.shape, *[1] * (g.ndim - 2))
+            decay = kind(decay.g + jnp.sum(jnp.where(mine, g[:, :, None], 0), axis=0))
+        return (hand_on(chunk, memories, visited)[-1], decay), None
+
+    memories = jnp.concatenate([written, unit], axis=-1) if erases else written
+    carry = spread_like((memories, nothing), (inputs, chunk_memory))
+    (memories, decay), _ = _over_groups(group, carry, make, inputs, chunk_memory, n_steps, documents)
+    return affine.Segment(affine.Matrix(memories[..., value:]) if erases else decay, memories[..., :value])
+
+
+def _over_groups(body, carry, make: MakeStreams, inputs: PyTree, chunk_memory: Array, n_steps: int, documents):
+    """body(carry, streams [N B H C ...], memories visited [N B]) -> (carry, result) over groups of N chunks, in order."""
     n_tokens = jax.tree.leaves(inputs)[0].shape[1]
     n_chunks = chunk_memory.shape[1]
-    chunk_tokens = n_tokens // n_chunks
     per_group = min(n_chunks, min(range(GROUP_CHUNKS, GROUP_CHUNKS // 2, -1), key=lambda n: -n_chunks % n))
     idle = -n_chunks % per_group  # chunks without tokens, which leave the last memory as it is
     if idle and documents is None:
@@ -160,18 +231,13 @@ def chunks(
     by_chunk = lambda a: grouped(a.reshape(a.shape[0], n_chunks, -1, *a.shape[2:]))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def group(memories, xs):
+    def group(carry, xs):
         inputs, documents, visited = xs
         x = jax.tree.map(functools.partial(_by_head, n_steps=n_steps), _streams(make, n_steps, inputs, documents))
-        chunk, read = _prepare(x)
-        starts, written, memories = hand_on(chunk, memories, visited.T)
-        o = read(starts, written)[..., n_steps - 1 : chunk_tokens * n_steps : n_steps, :]
-        return memories, jnp.moveaxis(jnp.moveaxis(o, 0, 1), 2, 3)
+        return body(carry, spread_like(x, x), visited.T)
 
     xs = *jax.tree.map(by_chunk, (inputs, documents)), grouped(chunk_memory, mode="edge")
-    memories, o = jax.lax.scan(group, memories, xs)
-    o = jnp.moveaxis(o, 0, 1)  # [groups, B, N, C, H, V] -> [B, groups, N, C, H, V]
-    return o.reshape(o.shape[0], -1, *o.shape[4:])[:, :n_tokens], memories
+    return jax.lax.scan(group, carry, xs)
 
 
 def _by_head(x: Array, n_steps: int) -> Array:

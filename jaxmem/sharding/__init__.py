@@ -9,7 +9,9 @@ from jaxmem.sharding.placement import (
     named_sharding,
     param,
     param_spec,
+    require_whole_sequences,
     stored_like,
+    sum_over,
 )
 from jaxmem.sharding.rules import Rules, current_mesh, current_rules, use_mesh
 
@@ -27,6 +29,8 @@ __all__ = [
     "named_sharding",
     "param",
     "param_spec",
+    "require_whole_sequences",
     "stored_like",
+    "sum_over",
     "use_mesh",
 ]

@@ -19,7 +19,7 @@ class MeshConfig:
     fsdp: int = 1
     """Devices over which parameters *and* the batch are split; parameters are gathered when used."""
     seq: int = 1
-    """Devices over which the sequence is split; sizes other than 1 are not supported yet."""
+    """Devices over which the sequence is split, by layers whose memory is linear (attention not yet)."""
     model: int = 1
     """Devices over which heads, ffn width and vocabulary are split."""
 
@@ -29,10 +29,6 @@ class MeshConfig:
             raise ValueError(
                 "mesh: needs positive sizes with at most one -1 (the devices left over), "
                 f"got {dict(zip(MESH_AXES, sizes, strict=True))}; change the sizes"
-            )
-        if self.seq != 1:
-            raise NotImplementedError(
-                f"mesh: needs seq=1, got seq={self.seq}; no layer splits its sequence yet, use data, fsdp or model"
             )
 
     @property

@@ -3,6 +3,7 @@
 All are the identity (or plain jnp) without a mesh, so the same layer runs in a notebook and on a pod.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -90,6 +91,24 @@ def mesh_axes(*axes: str) -> tuple[str, ...]:
     if current_mesh() is None:
         return ()
     return tuple(name for axis in axes for name in current_rules().activations[axis])
+
+
+def require_whole_sequences(what: str) -> None:
+    """Raises NotImplementedError on a mesh that splits time."""
+    mesh, axes = current_mesh(), mesh_axes("time")
+    n = math.prod(mesh.shape[axis] for axis in axes) if mesh is not None else 1
+    if n > 1:
+        raise NotImplementedError(
+            f"{what}: needs whole sequences, got time split over the {n} devices of the mesh axis {'x'.join(axes)}; "
+            "use seq=1 for it, or layers whose memory is linear only"
+        )
+
+
+def sum_over(x: Array, *axes: str) -> Array:
+    """Inside `local`: the sum over the devices between which these logical axes are split; x itself if there are none."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    names = tuple(name for axis in axes for name in current_rules().activations[axis] if name in manual)
+    return jax.lax.psum(x, names) if names else x
 
 
 def stored_like(parameter: Array, gradient: Array) -> Array:

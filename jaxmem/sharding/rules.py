@@ -34,12 +34,12 @@ class Rules:
     for a number of axes that is not that of the dimensions, and for a dimension that its mesh axes do not divide.
 
     >>> tuple(Rules().spec(("batch", "time", "embed"), "activations"))
-    (('data', 'fsdp'), None, None)
+    (('data', 'fsdp'), 'seq', None)
     """
 
     parameters: Mapping[str, MeshAxes] = dataclasses.field(default_factory=lambda: {**_EVERYWHERE, "embed": ("fsdp",)})
     activations: Mapping[str, MeshAxes] = dataclasses.field(
-        default_factory=lambda: {**_EVERYWHERE, "embed": (), "batch": ("data", "fsdp"), "time": ()}
+        default_factory=lambda: {**_EVERYWHERE, "embed": (), "batch": ("data", "fsdp"), "time": ("seq",)}
     )
 
     def spec(

@@ -76,10 +76,16 @@ def make_train_step(
 
     def loss_of_part(params, tokens, segment_ids, n_targets):
         model = merge(config.model, params)
-        hidden, state = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
-        weights = target_weights(segment_ids)
+        by_token = lambda x: constrain(x, "batch", "time")
+        hidden, state = model(by_token(tokens[:, :-1]), segment_ids=by_token(segment_ids[:, :-1]))
+        weights = by_token(target_weights(segment_ids))
         sums = chunked_cross_entropy(
-            hidden, model.head, tokens[:, 1:], weights, vocab_size=config.model.vocab_size, z_loss=config.z_loss
+            hidden,
+            model.head,
+            by_token(tokens[:, 1:]),
+            weights,
+            vocab_size=config.model.vocab_size,
+            z_loss=config.z_loss,
         )
         balance = balance_loss(config.model, state)
         loss = sums.loss_sum / n_targets + config.load_balance * balance / config.accumulate
@@ -89,7 +95,7 @@ def make_train_step(
         n_targets = jnp.maximum(jnp.sum(jax.vmap(target_weights)(segment_ids)), 1.0)
 
         def add_part(sums, part):
-            part = (constrain(x, "batch", "time") for x in part)
+            part = (constrain(x, "batch", None) for x in part)  # T + 1 tokens cannot be split over devices
             (loss, told), grads = jax.value_and_grad(loss_of_part, has_aux=True)(state.params, *part, n_targets)
             return jax.tree.map(jnp.add, sums, (loss, told, grads)), None
 

@@ -49,9 +49,3 @@ def test_sizes_must_multiply_to_the_number_of_devices(sizes):
 def test_sizes_are_positive_but_for_one(sizes):
     with pytest.raises(ValueError, match=r"mesh: needs positive sizes with at most one -1 .*, got {'data': .*; change"):
         MeshConfig(**sizes)
-
-
-@pytest.mark.parametrize("seq", [2, -1])
-def test_the_sequence_cannot_be_split_yet(seq):
-    with pytest.raises(NotImplementedError, match=f"mesh: needs seq=1, got seq={seq}; .* use data, fsdp or model"):
-        MeshConfig(data=1, seq=seq)

@@ -116,7 +116,7 @@ def test_constrain_and_einsum_say_where_results_live(mesh):
     x, gate, down = (numbers.normal(size=s).astype(np.float32) for s in ((8, 3, 4), (4, 6), (6, 4)))
     with use_mesh(mesh):
         y = run(x, *(jax.device_put(w, param_spec(axes, w.shape)) for w, axes in ((gate, INTO), (down, INTO[::-1]))))
-    assert seen == {"x": P(DATA, None, None), "wide": P(DATA, None, "model"), "y": P(DATA, None, None)}
+    assert seen == {"x": P(DATA, "seq", None), "wide": P(DATA, "seq", "model"), "y": P(DATA, "seq", None)}
     assert y.sharding.is_equivalent_to(named_sharding(mesh, *X_AXES), 3)
     np.testing.assert_allclose(y, x @ gate @ down, rtol=1e-5, atol=1e-5)
 

@@ -32,9 +32,9 @@ def test_parameters_by_hand(axes, parameters):
 @pytest.mark.parametrize(
     "axes, activations",
     [
-        (("batch", "time", "embed"), P(DATA, None, None)),
-        (("batch", "time", "heads", "key"), P(DATA, None, "model", None)),
-        (("batch", "time", "vocab"), P(DATA, None, "model")),
+        (("batch", "time", "embed"), P(DATA, "seq", None)),
+        (("batch", "time", "heads", "key"), P(DATA, "seq", "model", None)),
+        (("batch", "time", "vocab"), P(DATA, "seq", "model")),
         (("batch", "memory", "heads", "key", "value"), P(DATA, None, "model", None, None)),
         (("vocab", "embed"), P("model", None)),
         ((None, None), P(None, None)),
