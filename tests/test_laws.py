@@ -78,7 +78,8 @@ MIXERS = {
     "gdn2": (GatedDeltaNet2Config(**SIZES), LONGER),
     "rwkv7": (RWKV7, LONGER),
 }
-QUICK = ["attention", "window", "convolution", "delta", "kimi", "mamba", "mixture"]
+QUICK = ["attention", "window", "convolution", "delta", "mixture"]
+DECAYING = ["delta", "mixture", "kimi", "mamba", "mamba2", "comba", "delta-product", "gdn2"]
 FAMILIES = ["attention", "convolution", "delta", "mixture"]
 MESHES = {
     "data": MeshConfig(data=8),
@@ -282,9 +283,7 @@ def test_step_by_step_is_parallel_and_transformations_compose(name, ids):
     assert_close(mixer(step_by_step, ids=ids), mixer(ids=ids))
 
 
-@pytest.mark.parametrize(
-    "name", rows(["delta", "kimi", "mamba", "mixture", "comba", "mamba2", "delta-product", "gdn2"])
-)
+@pytest.mark.parametrize("name", rows(DECAYING))
 def test_step_by_step_is_parallel_when_decay_is_forty_times_stronger(name):
     mixer = sample(name)
     is_a_log = lambda path: "a_log" in jax.tree_util.keystr(path)
@@ -411,7 +410,7 @@ def meshes():
                 yield pytest.param(name, mesh, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name, mesh", meshes())
+@pytest.mark.parametrize("name, mesh", list(meshes()))
 def test_sharded_is_unsharded(name, mesh):
     mixer, mesh = sample(name), make_mesh(MESHES[mesh])
     with use_mesh(mesh):

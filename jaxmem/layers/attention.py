@@ -30,6 +30,7 @@ from jaxmem.layers.mixer import Cursor, Tokens, advance, init_cursor, place_stat
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
 from jaxmem.sharding import einsum, local, param, require_whole_sequences
+from jaxmem.sharding.folds import from_last, sequence_axis, spread
 from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
 
 
@@ -226,7 +227,8 @@ def _mix(
     limit: int | None,
 ) -> tuple[Float[Array, "B T H K"], AttentionState]:
     """Attention of new tokens over the cache and themselves, and the cache with them; fresh: the cache is empty."""
-    n_tokens = q.shape[1]
+    n_tokens, axis = q.shape[1], sequence_axis()
+    state = spread(state, axis)
     index = state.length[:, None] + jnp.arange(n_tokens, dtype=jnp.int32)
     if limit is not None:
         fits = ((tokens.position < limit) | ~tokens.real)[:, :, None, None]
@@ -242,7 +244,7 @@ def _mix(
         o = mixed.o
     if limit is not None:
         o = jnp.where(fits, o, jnp.nan)
-    return o.astype(q.dtype), written
+    return o.astype(q.dtype), from_last(written, axis)
 
 
 def _write(

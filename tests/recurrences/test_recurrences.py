@@ -359,7 +359,12 @@ def test_documents(name, rule):
         assert_close(got, in_float64(name, ids, inputs, weight))
 
 
-@pytest.mark.parametrize("name", DECAYING)
+QUICK = ["simple_gla", "gated_linear_attention", "selective_scan", "gated_delta_rule", "kimi_delta_attention", "dplr"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in DECAYING]
+)
 @every_rule
 def test_any_decay(name, rule):
     """Gradients of the decays above all, where sums formed as differences of running sums lose all digits but four."""

@@ -35,6 +35,8 @@ EVERY_MIXER = (
 )
 MIXTURE = EVERY_MIXER[-1:]
 PRODUCT = MeshConfig(data=2, fsdp=2, model=2)
+SPLIT = MeshConfig(data=1, fsdp=2, seq=2, model=2)
+"""For models without attention."""
 MESHES = (
     MeshConfig(data=8),
     MeshConfig(data=1, fsdp=8),
@@ -192,9 +194,18 @@ def collectives(program) -> Counter:
 
 
 @pytest.mark.parametrize(
-    "config", [pytest.param(m, id=str(m), marks=() if m == PRODUCT else pytest.mark.slow) for m in MESHES]
+    "kind, config",
+    [
+        pytest.param(
+            kind,
+            mesh,
+            id=f"{kind}-{mesh}",
+            marks=() if mesh == (SPLIT if kind == "stacked" else PRODUCT) else pytest.mark.slow,
+        )
+        for kind in OPTIMIZERS
+        for mesh in (*MESHES, *([SPLIT] if kind == "stacked" else []))
+    ],
 )
-@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
     mesh, experiment = make_mesh(config), of_optimizer(kind)
     with use_mesh(mesh):
@@ -206,7 +217,8 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
 
     assert_close(after, alone(kind), rounding=moved_by_rounding(kind))
     assert_placed(state, shardings)
-    query = state.params["blocks"][0]["mixer"]["query"][...]
+    mixer = state.params["blocks"][0]["mixer"]
+    query = (mixer["query"] if "query" in mixer else mixer["projections"]["weight"]["query"])[...]
     assert query.addressable_shards[0].data.shape[1:] == (16 // config.fsdp, 2 // config.model, 8)
     if config == MeshConfig(data=8):
         found = collectives(program)
