@@ -400,14 +400,16 @@ def test_chunk_size_does_not_matter(name):
 
 
 def meshes():
-    """Every mixer on one mesh with several axes and, if it can, on one that splits the sequence; families on all."""
+    """Every mixer that can on a mesh that splits the sequence; families, and what does not split over heads by itself, on
+    one with several axes; families on all."""
     for name in MIXERS:
         several = "data fsdp model" if name in WHOLE else "fsdp seq model"
-        for mesh in MESHES:
-            possible = "seq" not in mesh or name not in WHOLE
-            if possible and (mesh in (several, "seq") or name in FAMILIES):
-                quick = (name in QUICK and mesh == several) or (name in ("delta", "mixture") and mesh == "seq")
-                yield pytest.param(name, mesh, marks=() if quick else pytest.mark.slow)
+        wanted = {"seq"} - ({"seq"} if name in WHOLE else set())
+        wanted |= {several} if name in (*QUICK, *FAMILIES, "mamba", "mixture-mamba", "griffin", "rwkv7") else set()
+        wanted |= {mesh for mesh in MESHES if "seq" not in mesh} if name in FAMILIES else set()
+        for mesh in sorted(wanted):
+            quick = name in QUICK and mesh == several or name in ("delta", "mixture") and mesh == "seq"
+            yield pytest.param(name, mesh, marks=() if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name, mesh", list(meshes()))

@@ -382,3 +382,98 @@ def test_rg_lru_with_a_shut_gate_has_finite_gradients():
     (_, state), gradients = outputs_and_gradients(RULES["xla"], "rg_lru", ONE, inputs, weights("rg_lru", inputs))
     np.testing.assert_array_equal(state, inputs["state"])
     assert all(np.all(np.isfinite(g)) for g in gradients.values()) and np.any(gradients["r"] != 0)
+
+
+def _equal_channels(g):
+    return jnp.repeat(g[..., None], K, axis=-1)
+
+
+def _identities():
+    """name: two calls of the same inputs that are the same recurrence."""
+    gdn, kda, rule = delta.gated_delta_rule, delta.kimi_delta_attention, delta.delta_rule
+    gla, simple, dplr = decay_only.gated_linear_attention, decay_only.simple_gla, delta.dplr
+    at_key = lambda x: x["beta"][..., None] * x["k"]
+    qkv = lambda x: (x["q"], x["k"], x["v"])
+    zero = lambda x: jnp.zeros_like(x["g"])
+    return {
+        "KDA with equal channels = GDN": (
+            lambda x, **o: kda(*qkv(x), _equal_channels(x["g"]), x["beta"], x["state"], **o),
+            lambda x, **o: gdn(*qkv(x), x["g"], x["beta"], x["state"], **o),
+        ),
+        "GDN without decay = DeltaNet": (
+            lambda x, **o: gdn(*qkv(x), zero(x), x["beta"], x["state"], **o),
+            lambda x, **o: rule(*qkv(x), x["beta"], x["state"], **o),
+        ),
+        "GLA with equal channels = simple GLA": (
+            lambda x, **o: gla(*qkv(x), _equal_channels(x["g"]), x["state"], **o),
+            lambda x, **o: simple(*qkv(x), x["g"], x["state"], **o),
+        ),
+        "RetNet = simple GLA": (
+            lambda x, **o: decay_only.retention(*qkv(x), x["state"], **o),
+            lambda x, **o: simple(*qkv(x), jnp.log(1 - 2.0 ** (-5 - jnp.arange(H))), x["state"], **o),
+        ),
+        "SSD = simple GLA": (
+            lambda x, **o: decay_only.state_space_dual(
+                x["v"], x["beta"], -jnp.ones(H), x["k"], x["q"], None, x["state"], **o
+            ),
+            lambda x, **o: simple(
+                *qkv(x | {"v": x["beta"][..., None] * x["v"]}), -x["beta"], x["state"], scale=1.0, **o
+            ),
+        ),
+        "HGRN2 = GLA": (
+            lambda x, **o: decay_only.hgrn2(x["q"], x["v"], _equal_channels(x["g"]), x["state"], **o),
+            lambda x, **o: gla(
+                x["q"], -jnp.expm1(_equal_channels(x["g"])), x["v"], _equal_channels(x["g"]), x["state"], scale=1.0, **o
+            ),
+        ),
+        "DPLR of keys = DeltaNet": (
+            lambda x, **o: dplr(x["q"], at_key(x), x["v"], -x["k"], at_key(x), jnp.zeros_like(x["k"]), x["state"], **o),
+            lambda x, **o: rule(*qkv(x), x["beta"], x["state"], **o),
+        ),
+        "Comba of decayed keys = GDN": (
+            lambda x, **o: delta.comba(
+                *qkv(x), jnp.exp(x["g"])[..., None] * x["k"], x["g"], x["beta"], x["state"], **o
+            ),
+            lambda x, **o: gdn(*qkv(x), x["g"], x["beta"], x["state"], **o),
+        ),
+        "GDN-2 of equal strengths = KDA": (
+            lambda x, **o: delta.gated_delta_net_2(
+                *qkv(x),
+                _equal_channels(x["g"]),
+                _equal_channels(x["beta"]),
+                jnp.repeat(x["beta"][..., None], V, -1),
+                x["state"],
+                **o,
+            ),
+            lambda x, **o: kda(*qkv(x), _equal_channels(x["g"]), x["beta"], x["state"], **o),
+        ),
+    }
+
+
+@pytest.mark.parametrize("pair", _identities().values(), ids=_identities())
+def test_identities(pair):
+    inputs = make_inputs("gated_delta_rule")
+    rng = np.random.default_rng(0)
+    for name in ("q", "k"):
+        x = rng.normal(size=(B, T, H, K))
+        inputs[name] = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+    one, other = (program(functools.partial(call, chunk_tokens=16))(inputs) for call in pair)
+    assert_close(one, other, tolerance=2e-6)
+
+
+def test_a_state_space_is_a_convolution():
+    """From an empty state; values and all gradients, without the state's."""
+    inputs = make_inputs("state_space")
+    del inputs["state"]
+    weight = np.random.default_rng(1).normal(size=inputs["x"].shape).astype(np.float32)
+
+    @program
+    def both(inputs):
+        def convolution(x, dt, a, b, c, d):
+            return elementwise.causal_convolution(x, elementwise.state_space_kernel(dt, a, b, c, T)) + d * x
+
+        calls = (convolution, lambda **inputs: elementwise.state_space(**inputs, chunk_tokens=16)[0])
+        pulls = [jax.vjp(lambda inputs, call=call: call(**inputs), inputs) for call in calls]
+        return [(y, pull(weight)) for y, pull in pulls]
+
+    assert_close(*both(inputs), tolerance=5e-6)
