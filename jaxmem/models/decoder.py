@@ -116,6 +116,9 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
+        tokens, segment_ids, positions = (
+            None if x is None else constrain(x, "batch", "time") for x in (tokens, segment_ids, positions)
+        )
         x = self.embedding(tokens, jnp.dtype(self.config.dtype))
         states = (None,) * len(self.blocks) if state is None else state
 

@@ -50,7 +50,8 @@ def make_eval_step(config: DecoderConfig) -> Callable[[nnx.State, Int[Array, "B 
     def step(params, tokens, segment_ids):
         model = merge(config, params)
         hidden, state = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
-        nats = token_nats(hidden, model.head, tokens[:, 1:], vocab_size=config.vocab_size)
+        targets = constrain(tokens[:, 1:], "batch", "time")
+        nats = token_nats(hidden, model.head, targets, vocab_size=config.vocab_size)
         whole = (constrain(x, None, None) for x in (nats, tokens, segment_ids))
         return EvalStep(*whole, [use.chosen.sum(axis=1) for _, use in router_use(state)])
 

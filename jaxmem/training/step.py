@@ -77,7 +77,7 @@ def make_train_step(
     def loss_of_part(params, tokens, segment_ids, n_targets):
         model = merge(config.model, params)
         by_token = lambda x: constrain(x, "batch", "time")
-        hidden, state = model(by_token(tokens[:, :-1]), segment_ids=by_token(segment_ids[:, :-1]))
+        hidden, state = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
         weights = by_token(target_weights(segment_ids))
         sums = chunked_cross_entropy(
             hidden,

@@ -94,7 +94,7 @@ def assert_as_recorded(got, recorded, case):
 
 
 @pytest.mark.parametrize(("source", "name"), ROWS)
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 def test_recurrence(source, name, implementation):
     recorded = recordings(source)[name]
     decays, constants = recorded.get("decays", {}), recorded.get("constants", {})

@@ -346,7 +346,10 @@ DOCUMENTS = {
     "padded": np.where(np.arange(T) < np.array([[T], [20]]), 1 + np.arange(T) // 9, 0).astype(np.int32),
     "all apart": np.tile(1 + np.arange(T), (B, 1)).astype(np.int32),
 }
-every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+every_rule = pytest.mark.parametrize(
+    "rule",
+    [pytest.param(RULES["reference"], id="reference", marks=pytest.mark.slow), pytest.param(RULES["xla"], id="xla")],
+)
 
 
 @pytest.mark.parametrize("name", CASES)
