@@ -408,7 +408,8 @@ def meshes():
         wanted |= {several} if name in (*QUICK, *FAMILIES, "mamba", "mixture-mamba", "griffin", "rwkv7") else set()
         wanted |= {mesh for mesh in MESHES if "seq" not in mesh} if name in FAMILIES else set()
         for mesh in sorted(wanted):
-            quick = name in QUICK and mesh == several or name in ("delta", "mixture") and mesh == "seq"
+            quick = name in QUICK and mesh == several
+            quick |= mesh == "seq" and name in ("delta", "mixture")
             yield pytest.param(name, mesh, marks=() if quick else pytest.mark.slow)
 
 
