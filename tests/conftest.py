@@ -16,10 +16,12 @@ collect_ignore_glob = ["golden/*"]  # scripts that make golden arrays need torch
 
 
 def pytest_collection_modifyitems(items):
-    """The laws of one mixer share compiled programs: one process runs them."""
+    """The laws of one mixer share compiled programs, the tests of the loop a trained run: one process runs them."""
     for item in items:
         if item.path.name == "test_laws.py" and "name" in item.callspec.params:
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["name"]))
+        elif item.path.name == "test_loop.py":
+            item.add_marker(pytest.mark.xdist_group("loop"))
 
 
 @pytest.fixture
