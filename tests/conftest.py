@@ -1,10 +1,14 @@
 """Eight fake devices for every test, and every annotated shape checked."""
 
+import gc
+import itertools
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import jaxtyping
 import pytest
 
@@ -22,6 +26,22 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["name"]))
         elif item.path.name == "test_loop.py":
             item.add_marker(pytest.mark.xdist_group("loop"))
+
+
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 25_000
+"""Of the 65,530 memory maps that Linux allows a process; at the limit, XLA's compiler dies of a segmentation fault."""
+
+_tests_done = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Drops compiled programs, each of which holds some maps for as long as JAX remembers it, when there are too many."""
+    yield
+    if next(_tests_done) % 4 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
