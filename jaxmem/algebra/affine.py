@@ -102,7 +102,7 @@ class Segment(NamedTuple):
 
     M: Scalar | Vector | Elementwise | Matrix
     """What becomes of the state before it."""
-    B: Float[Array, "*batch K V"]
+    B: Shaped[Array, "*batch K V"]
     """What it writes: the state after it, had the state before it been 0; fp32."""
 
 
@@ -135,7 +135,7 @@ def combine(first: Segment, then: Segment) -> Segment:
     return Segment(then.M.after(first.M), then.M.times(first.B) + then.B)
 
 
-def apply(segment: Segment, state: Float[Array, "*#batch K V"]) -> Float[Array, "*#batch K V"]:
+def apply(segment: Segment, state: Shaped[Array, "*#batch K V"]) -> Shaped[Array, "*#batch K V"]:
     """The state after a stretch, M S + B, given the state before it; leading dimensions broadcast.
 
     >>> forget = Segment(Scalar(jnp.array(-jnp.inf)), jnp.array([[4.0]]))
