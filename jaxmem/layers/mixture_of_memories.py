@@ -320,7 +320,8 @@ class MixtureOfMemories(nnx.Module):
         documents = Documents(now != before[:, None], now != 0)
         o, new = steps(make, x, take(memories), inner.n_steps, documents)
         o = inner.finish(o, in_full(x), p).reshape(shape[0], 1, shape[1], *o.shape[2:])
-        return o, put(memories, new), new_history, put(memory_segment, now[:, 0])
+        remembered = put(memories, new), new_history, put(memory_segment, now[:, 0])
+        return o, *from_last(remembered, sequence_axis())
 
 
 def remembered_before(before: Arrays, packed: Arrays, packing: Packing, axis: str | None) -> Arrays:
