@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmem.layers.gated_delta_net import log_decay
+from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
 from jaxmem.recurrences import decay_only, delta, elementwise
 
 program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
@@ -45,8 +46,13 @@ RULES = {
         "rg_lru_with_resets": elementwise.rg_lru,
     },
 }
+GATES = {
+    "gdn_gate": log_decay,
+    "kda_gate": KimiDeltaAttentionConfig().log_decay,
+    "kda_lowerbound_gate": KimiDeltaAttentionConfig(lower_bound=-5.0).log_decay,
+}
 OTHERS = {
-    "fla": {"gdn_gate", "kda_gate", "kda_lowerbound_gate", "convolution"},
+    "fla": {*GATES, "convolution"},
     "transformers": {"lightning_slopes"},
 }
 ROWS = [pytest.param(source, name, id=f"{source}-{name}") for source, rules in RULES.items() for name in rules]
@@ -104,10 +110,11 @@ def test_recurrence(source, name, implementation):
         assert_as_recorded(got, recorded, case)
 
 
-def test_the_gate_of_gated_delta_net():
-    recorded = recordings("fla")["gdn_gate"]
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name):
+    recorded = recordings("fla")[name]
     inputs = recorded["inputs"]
-    g, pull = jax.vjp(lambda x: log_decay({"decay": x["a"]}, x), inputs)
+    g, pull = jax.vjp(lambda x: GATES[name]({"decay": x["a"]}, x), inputs)
     got = {"outputs": {"o": g}, "gradients": pull(recorded["weights"]["o"])[0]}
     assert_as_recorded(got, recorded, 0)
 
@@ -122,5 +129,5 @@ def test_lightning_slopes():
 
 @pytest.mark.parametrize("source", RULES)
 def test_all_that_is_recorded_has_a_test(source):
-    """Here, or in tests/layers; gates of KDA wait for their layer."""
+    """Here, or in tests/layers."""
     assert recordings(source).keys() == RULES[source].keys() | OTHERS[source]
