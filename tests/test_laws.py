@@ -34,7 +34,7 @@ from jaxmem.layers.mamba import Mamba2Config, MambaConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
 from jaxmem.layers.rwkv7 import Rwkv7Config
 from jaxmem.layers.short_convolution import ShortConvolutionConfig
-from jaxmem.layers.state_space import StateSpaceConfig
+from jaxmem.layers.state_space import LinearStateSpaceConfig, StateSpaceConfig
 from jaxmem.sharding import MeshConfig, make_mesh, named_sharding, use_mesh
 
 B, T, D = 8, 24, 16
@@ -71,6 +71,8 @@ MIXERS = {
     "mamba2": (Mamba2Config(**(SIZES | {"n_heads": 4}), n_key_heads=2), LONGER),
     "griffin": (GriffinConfig(n_heads=2, head_dim=4, chunk_tokens=8), LONGER),
     "state-space": (StateSpaceConfig(n_channels=D, n_states=6, chunk_tokens=8), LONGER),
+    "linear-state-space": (LinearStateSpaceConfig(n_channels=D, n_states=6, chunk_tokens=8), LONGER),
+    "mixture-state-space": (MixtureOfMemoriesConfig(StateSpaceConfig(n_channels=D, n_states=6, chunk_tokens=8)), {}),
     "delta-net": (DeltaNetConfig(**SIZES, negative_eigenvalues=True), LONGER),
     "delta-product": (GatedDeltaProductConfig(**SIZES, n_householder=3), LONGER),
     "comba": (CombaConfig(**SIZES), LONGER),

@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from measure import interleaved_ms, peak_mib, where
 
-from jaxmem.recurrences import decay_only, delta, elementwise
+from jaxmem.recurrences import decay_only, delta, elementwise, state_space
 
 LONG_TOKENS = 65_536
 ERROR = 1e-4
@@ -88,7 +88,7 @@ def cases(o: Options) -> dict[Callable, Callable[[], tuple[jax.Array, ...]]]:
             *(normal(*channels), positive(*channels), -count),
             *(normal(*tokens, o.state_dim), normal(*tokens, o.state_dim)),
         ),
-        elementwise.state_space: lambda: (normal(*channels), jnp.exp(ramp(-7, -2)), poles, ones, normal(*modes) * ones),
+        state_space.state_space: lambda: (normal(*channels), jnp.exp(ramp(-7, -2)), poles, ones, normal(*modes) * ones),
         delta.delta_rule: lambda: (q, k, v, beta),
         delta.gated_delta_rule: lambda: (q, k, v, g, beta),
         delta.kimi_delta_attention: lambda: (q, k, v, -positive(*keys), beta),

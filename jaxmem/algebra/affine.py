@@ -9,9 +9,9 @@ M comes in four kinds, told apart by type and not by rank, so that leading dimen
 and devices, and a kind is never guessed from a coincidence of sizes:
 
     Scalar(g)   M = exp(g) I          RetNet, lightning attention, simple GLA, Mamba-2
-    Vector(g)   M = diag(exp(g))      GLA, HGRN2, RWKV-6
-    Elementwise(g)  M S = exp(g) * S  Mamba, S4D, HGRN, RG-LRU; g may be complex
-    Matrix(m)   M = m                 DeltaNet, Gated DeltaNet, KDA, RWKV-7: e.g. m = exp(g) (I - beta k k^T)
+    Vector(g)   M = diag(exp(g))      GLA, HGRN2, S4D; g may be complex
+    Elementwise(g)  M S = exp(g) * S  Mamba, HGRN, RG-LRU; g may be complex
+    Matrix(m)   M = m                 DeltaNet, Gated DeltaNet, KDA, RWKV-7: e.g. m = exp(g) (I - beta k k^T); LSSL
 
 The decays stay natural logs: composing adds them, so a long product neither underflows early nor is divided by, and
 g = -inf, a full reset, is an ordinary value whose gradient is 0. (A Matrix resets with m = 0.) States are finite.
@@ -50,8 +50,8 @@ class Scalar(NamedTuple):
 class Vector(NamedTuple):
     """M = diag(exp(g)): one decay per key channel, that is per row of the state."""
 
-    g: Float[Array, "*batch K"]
-    """Natural log-decays <= 0; -inf forgets the channel."""
+    g: Shaped[Array, "*batch K"]
+    """Natural log-decays of real part <= 0; -inf forgets the channel."""
 
     @classmethod
     def identity(cls, shape: tuple[int, ...], dtype: DTypeLike) -> "Vector":
@@ -60,7 +60,7 @@ class Vector(NamedTuple):
     def after(self, first: "Vector") -> "Vector":
         return Vector(first.g + self.g)
 
-    def times(self, state: Float[Array, "*#batch K V"]) -> Float[Array, "*#batch K V"]:
+    def times(self, state: Shaped[Array, "*#batch K V"]) -> Shaped[Array, "*#batch K V"]:
         return jnp.exp(self.g)[..., None] * state
 
 

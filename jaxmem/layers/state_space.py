@@ -1,10 +1,16 @@
-"""S4D: a time-invariant diagonal state space for each channel of x.
+"""Time-invariant state spaces over the channels of x: S4D, diagonal and complex, and LSSL, a matrix.
 
-    h = e^{dt A} h + (e^{dt A} - 1) / A x,  y = 2 Re(C h) + d x,   A, C complex [D N/2];   W_1 u * sigmoid(W_2 u), u = gelu(y)
+    S4D:   h = e^{dt A} h + (e^{dt A} - 1) / A x,  y = 2 Re(C h) + d x,                   A, C complex [D N/2]
+    LSSL:  h = M h + (I - dt/2 A)^{-1} dt b x,     y = C h + d x,                         A [N N], b [N], C [D N],
+           M = (I - dt/2 A)^{-1} (I + dt/2 A)
+    out:   W_1 u * sigmoid(W_2 u), u = gelu(y)
 
-The same from an empty state as a convolution with `state_space_kernel`. Cost and state: see `recurrent`; N numbers per
-channel, as N / 2 complex ones.
-Reference: Gu et al. 2022, arXiv 2206.11893, with A_n = -1/2 + i pi n (S4D-Lin) to begin with, B = 1, and zero-order hold.
+dt [D] is a step size for each channel. From an empty state both are convolutions, with the kernels of
+`jaxmem.recurrences.state_space`. LSSL's A and b start as HiPPO-LegS and are learned; A stays lower triangular.
+
+Cost and state: see `recurrent`; N numbers per channel, S4D's as N / 2 complex ones.
+References: Gu et al. 2022, arXiv 2206.11893, with A_n = -1/2 + i pi n (S4D-Lin) to begin with, B = 1, and zero-order hold; Gu
+et al. 2021, arXiv 2110.13985. LSSL's output is there a linear layer behind gelu; here both have S4D's gate.
 """
 
 import dataclasses
@@ -15,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConfig
-from jaxmem.recurrences import elementwise
+from jaxmem.recurrences import state_space
 from jaxmem.recurrences.engine import Streams
 from jaxmem.sharding import einsum, param
 from jaxmem.typing import Array, DTypeLike, Float, PRNGKeyArray
@@ -23,12 +29,12 @@ from jaxmem.typing import Array, DTypeLike, Float, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True)
 class StateSpaceConfig(RecurrentConfig):
-    """S4D over the channels of x."""
+    """S4D."""
 
     n_channels: int = 1024
     """The model's width."""
     n_states: int = 64
-    """N, even."""
+    """N; of S4D, even."""
     chunk_tokens: int = 64
 
     convolution_width: ClassVar[int] = 0
@@ -41,21 +47,19 @@ class StateSpaceConfig(RecurrentConfig):
     def projections(self, d_model: int) -> dict[str, Projection]:
         if d_model != self.n_channels:
             raise ValueError(
-                f"StateSpaceConfig: needs n_channels to be the model's width, got n_channels={self.n_channels} for "
+                f"{type(self).__name__}: needs n_channels to be the model's width, got n_channels={self.n_channels} for "
                 f"d_model={d_model}; every channel of x has a state of its own"
             )
         return {"input": Projection((d_model,), ("heads",), is_identity=True)}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        channels, pairs = (d_model,), (d_model, self.n_states // 2)
+        pairs = (d_model, self.n_states // 2), ("heads", "key")
         normal = nnx.initializers.normal(0.5**0.5)
-        return {
-            "log_dt": Parameter(_init_log_dt, channels, ("heads",)),
-            "a_log": Parameter(nnx.initializers.constant(jnp.log(0.5)), pairs, ("heads", "key")),
-            "a_imaginary": Parameter(_init_frequencies, pairs, ("heads", "key")),
-            "c_real": Parameter(normal, pairs, ("heads", "key")),
-            "c_imaginary": Parameter(normal, pairs, ("heads", "key")),
-            "d": Parameter(nnx.initializers.ones, channels, ("heads",)),
+        return _of_channels(d_model) | {
+            "a_log": Parameter(nnx.initializers.constant(jnp.log(0.5)), *pairs),
+            "a_imaginary": Parameter(_init_frequencies, *pairs),
+            "c_real": Parameter(normal, *pairs),
+            "c_imaginary": Parameter(normal, *pairs),
         }
 
     def system(self, p: Arrays) -> tuple[Array, Array, Array, Array]:
@@ -64,7 +68,7 @@ class StateSpaceConfig(RecurrentConfig):
         return jnp.exp(p["log_dt"]), a, jnp.ones_like(a), jax.lax.complex(p["c_real"], p["c_imaginary"])
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
-        return elementwise.state_space_streams(x["input"], *self.system(p))
+        return state_space.state_space_streams(x["input"], *self.system(p))
 
     def finish(self, o: Array, x: Arrays, p: Arrays) -> Array:
         return jnp.real(o) + (p["d"] * x["input"])[..., None]
@@ -73,8 +77,40 @@ class StateSpaceConfig(RecurrentConfig):
         return GatedLinearUnit(d_model, rngs=rngs)
 
     def mixing_flops(self, d_model: int, context_tokens: int) -> int:
-        """Forward FLOPs per token of complex multiplications and additions."""
-        return 12 * self.n_channels * self.n_states
+        """Forward FLOPs per token, of complex multiplications and additions for S4D; what chunks share is not counted."""
+        per_number = 4 if self.is_complex else 1
+        return per_number * self.n_channels * (2 * min(self.chunk_tokens, context_tokens) + 4 * self.state_shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearStateSpaceConfig(StateSpaceConfig):
+    """LSSL."""
+
+    is_complex: ClassVar[bool] = False
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.n_channels, self.n_states, 1
+
+    def parameters(self, d_model: int) -> dict[str, Parameter]:
+        n = self.n_states
+        return _of_channels(d_model) | {
+            "a": Parameter(lambda *_: state_space.hippo_legs(n)[0], (n, n), ("key", "key")),
+            "b": Parameter(lambda *_: state_space.hippo_legs(n)[1], (n,), ("key",)),
+            "c": Parameter(nnx.initializers.normal(1.0), (d_model, n), ("heads", "key")),
+        }
+
+    def system(self, p: Arrays) -> tuple[Array, Array, Array, Array]:
+        """dt, A, b and C, as `linear_state_space` and `linear_state_space_kernel` take them."""
+        return jnp.exp(p["log_dt"]), jnp.tril(p["a"]), p["b"], p["c"]
+
+    def streams(self, x: Arrays, p: Arrays) -> Streams:
+        return state_space.linear_state_space_streams(x["input"], *self.system(p))
+
+
+def _of_channels(d_model: int) -> dict[str, Parameter]:
+    channels = (d_model,), ("heads",)
+    return {"log_dt": Parameter(_init_log_dt, *channels), "d": Parameter(nnx.initializers.ones, *channels)}
 
 
 class GatedLinearUnit(nnx.Module):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,23 @@ def call(
     return o.astype(dtype), state.reshape(shape)
 
 
+def call_by_channel(
+    what: str,
+    streams: Callable[..., Streams],
+    arrays: dict[str, tuple[Array, str]],
+    x: Array,
+    state: Array | None,
+    axes: str = "B D",
+    *,
+    d: Array | None = None,
+    **options: Any,
+) -> tuple[Array, Array]:
+    """`call` of states [B D] or [B D N] whose channels are heads, with d x beside what is read."""
+    beside = None if d is None else (d * x)[..., None]
+    y, state = call(what, streams, arrays, state, state_axes=axes, dtype=x.dtype, beside=beside, **options)
+    return y[..., 0], state
+
+
 def in_float32(streams: Callable[..., Streams]) -> Callable[[dict[str, Array]], Streams]:
     """Streams of a dict of arrays, computed in fp32 (or better, if that is what comes in)."""
     full = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -140,7 +157,7 @@ def require_chunk(what: str, chunk_tokens: int) -> None:
 
 def require_decays(what: str, g: Array) -> None:
     """Raises ValueError for log-decays above 0, if their values are known (not under jit)."""
-    if (values := _known(g)) is not None and np.any(values > 0):
+    if (values := known(g)) is not None and np.any(values > 0):
         raise ValueError(
             f"{what}: needs log-decays g <= 0, got g up to {np.max(values):.3g}; "
             "pass natural logarithms of factors from 0 to 1"
@@ -161,7 +178,7 @@ def read_documents(what: str, segment_ids: Array, shape: tuple[int, int]) -> Doc
 
 def require_rising(what: str, segment_ids: Array) -> None:
     """Raises ValueError for segment ids that decrease, other than to padding, if their values are known."""
-    if (ids := _known(segment_ids)) is None:
+    if (ids := known(segment_ids)) is None:
         return
     before, after = ids[:, :-1], ids[:, 1:]
     wrong = np.any((after < before) & (after != 0) | (before == 0) & (after != 0), axis=1)
@@ -173,7 +190,7 @@ def require_rising(what: str, segment_ids: Array) -> None:
         )
 
 
-def _known(x: Array) -> np.ndarray | None:
+def known(x: Array) -> np.ndarray | None:
     """The values of an array that is neither traced nor spread over other processes."""
     if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None

@@ -32,7 +32,8 @@ import jax.numpy as jnp
 
 from jaxmem.algebra import affine
 from jaxmem.recurrences.chunk_decays import in_chunk
-from jaxmem.recurrences.products import dot, linear_scan, sum_to
+from jaxmem.recurrences.invariant import Invariant, Through, invariant_chunks
+from jaxmem.recurrences.products import dot, linear_scan
 from jaxmem.recurrences.triangular import unit_lower_inverse
 from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, spread_like
 from jaxmem.typing import Array, Bool, Float, Int, PyTree, Shaped
@@ -58,8 +59,9 @@ class Streams(NamedTuple):
     q: Shaped[Array, "*tokens H K"]
     k: Shaped[Array, "*tokens H K"]
     v: Shaped[Array, "*tokens H V"]
-    decay: affine.Scalar | affine.Vector | affine.Elementwise
-    """Log-decays g <= 0: [*tokens H], [*tokens H K] or [*tokens H K V]; with the last, q and k may be one for all heads."""
+    decay: affine.Scalar | affine.Vector | affine.Elementwise | Invariant
+    """Log-decays g <= 0: [*tokens H], [*tokens H K] or [*tokens H K V], with the last, q and k may be one for all heads; or
+    one M for all tokens, and then q and k are one for all tokens, their dimensions of size 1."""
     erase: Erase | None = None
 
 
@@ -70,6 +72,7 @@ class Documents(NamedTuple):
     real: Bool[Array, "B T"]
 
 
+Powers = tuple[affine.Vector | affine.Matrix, ...]
 MakeStreams = Callable[[PyTree], Streams]
 """Streams of a recurrence's own inputs; token by token, so that any leading dimensions will do. A recurrence of several
 steps per token (n_steps > 1) makes streams [*tokens n H ...], of which only the last step's q is read."""
@@ -162,8 +165,8 @@ def chunks(
     chunk_tokens = jax.tree.leaves(inputs)[0].shape[1] // chunk_memory.shape[1]
 
     def group(memories, x, visited):
-        chunk, read = _prepare(x)
-        starts, written, memories = hand_on(chunk, memories, visited)
+        chunk, powers, read = _prepare(x)
+        starts, written, memories = hand_on(chunk, powers, memories, visited)
         o = read(starts, written)[..., n_steps - 1 : chunk_tokens * n_steps : n_steps, :]
         return memories, jnp.moveaxis(jnp.moveaxis(o, 0, 1), 2, 3)
 
@@ -183,36 +186,45 @@ def segment_map(
 ) -> affine.Segment:
     """What these tokens do to each of the memories [M H K V], as one map S -> M S + B; the arguments are those of `chunks`.
 
-    Without e, M is the product of all decays. Else it is what becomes of K more columns that begin as the unit matrix and
-    are never written to.
-    Cost: that of `chunks` without its outputs, and with e, of K more value columns in what is handed on.
+    M is the product of all decays; but with e, or for one matrix that is the M of all tokens, it is what becomes of K more
+    columns that begin as the unit matrix and are never written to.
+    Cost: that of `chunks` without its outputs, and in the latter cases, of K more value columns in what is handed on.
     """
     n_memories, heads, key, value = state_shape
     batch = chunk_memory.shape[0]
     shapes = jax.eval_shape(lambda inputs: make(inputs), inputs)
-    kind, erases = type(shapes.decay), shapes.erase is not None
-    dtype = jnp.result_type(shapes.v.dtype, shapes.decay.g.dtype)
+    decay = shapes.decay.M if isinstance(shapes.decay, Invariant) else shapes.decay
+    kind, mixes = type(decay), shapes.erase is not None or isinstance(decay, affine.Matrix)
+    dtype = jnp.result_type(shapes.v.dtype, decay[0].dtype)
     unit = jnp.broadcast_to(jnp.eye(key, dtype=dtype), (batch, n_memories, heads, key, key))
     written = jnp.zeros((batch, n_memories, heads, key, value), dtype)
     nothing = affine.identity(kind, written.shape, dtype).M
 
     def group(carry, x, visited):
         memories, decay = carry
-        chunk, _ = _prepare(x)
-        if erases:
+        chunk, powers, _ = _prepare(x)
+        if mixes:
             wider = lambda a: None if a is None else jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, key)])
             chunk = chunk._replace(u=wider(chunk.u), extra=wider(chunk.extra))
         else:
-            g = x.decay.g.sum(axis={affine.Scalar: -1, affine.Vector: -2, affine.Elementwise: -3}[kind])  # [N B H ...]
+            g = _product(x).g  # [N B H ...]
             mine = visited[..., None] == jnp.arange(n_memories)  # [N B M]
             mine = mine.reshape(*mine.shape, *[1] * (g.ndim - 2))
             decay = kind(decay.g + jnp.sum(jnp.where(mine, g[:, :, None], 0), axis=0))
-        return (hand_on(chunk, memories, visited)[-1], decay), None
+        return (hand_on(chunk, powers, memories, visited)[-1], decay), None
 
-    memories = jnp.concatenate([written, unit], axis=-1) if erases else written
+    memories = jnp.concatenate([written, unit], axis=-1) if mixes else written
     carry = spread_like((memories, nothing), (inputs, chunk_memory))
     (memories, decay), _ = _over_groups(group, carry, make, inputs, chunk_memory, n_steps, documents)
-    return affine.Segment(affine.Matrix(memories[..., value:]) if erases else decay, memories[..., :value])
+    return affine.Segment(affine.Matrix(memories[..., value:]) if mixes else decay, memories[..., :value])
+
+
+def _product(x: Streams) -> affine.Scalar | affine.Vector | affine.Elementwise:
+    """What the decays of all tokens of chunks [*N C ...] come to."""
+    if isinstance(x.decay, Invariant):
+        return x.decay.product(x.v.shape[-2])
+    kind = type(x.decay)
+    return kind(x.decay.g.sum(axis={affine.Scalar: -1, affine.Vector: -2, affine.Elementwise: -3}[kind]))
 
 
 def _over_groups(body, carry, make: MakeStreams, inputs: PyTree, chunk_memory: Array, n_steps: int, documents):
@@ -265,19 +277,22 @@ def forget(x: Streams, documents: Documents) -> Streams:
     """The streams as documents have it: a start reads and keeps nothing of before, what is not a token does nothing."""
     at = lambda flags, a: flags.reshape(*flags.shape, *[1] * (a.ndim - flags.ndim))
     real = lambda a: jnp.where(at(documents.real, a), a, 0)
+    v = real(x.v)
+    if isinstance(x.decay, Invariant):
+        return x._replace(v=v, decay=Invariant(x.decay.M, *(flags[..., None] for flags in documents)))
     g = x.decay.g
     decay = type(x.decay)(jnp.where(at(documents.starts, g), -jnp.inf, real(g)))
     erase = x.erase
     if erase is not None:
         e = jnp.where(at(documents.starts | ~documents.real, erase.e), 0, erase.e)
         erase = Erase(e, None if erase.b is None else real(erase.b))
-    return Streams(x.q, real(x.k), real(x.v), decay, erase)
+    return Streams(x.q, real(x.k), v, decay, erase)
 
 
 class Chunk(NamedTuple):
     """What a chunk does with the state S that comes in: it writes U' = u - w S and leaves decay S + keys^T U' + extra."""
 
-    decay: Shaped[Array, "*N #K #V"]
+    decay: Shaped[Array, "*N #K #V"] | Through
     extra: Shaped[Array, "*N K V"] | None = None
     """What it writes whatever comes in."""
     u: Float[Array, "*N C V"] | None = None
@@ -290,17 +305,19 @@ Read = Callable[[Array, Array | None], Array]
 """The outputs of chunks [*N C V], of the states that come in [*N K V] and of U' [*N C V]."""
 
 
-def _prepare(x: Streams) -> tuple[Chunk, Read]:
-    """What chunks [*N C ...] do with the state that comes in, and how their outputs are read."""
+def _prepare(x: Streams) -> tuple[Chunk, Powers, Read]:
+    """What chunks [*N C ...] do with the state that comes in, by which powers, and how their outputs are read."""
     if isinstance(x.decay, affine.Elementwise):
         return _prepare_elementwise(x)
+    if isinstance(x.decay, Invariant):
+        return _prepare_invariant(x)
     decays = in_chunk(x.decay)
     from_state = decays.from_start(x.q)
     if x.erase is None:
         ((inside,),) = decays.overlaps([x.q], [x.k])
         own = dot("...ij,...jv->...iv", inside, x.v)
         chunk = Chunk(decays.through, extra=dot("...ck,...cv->...kv", decays.to_end(x.k), x.v))
-        return chunk, lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts)
+        return chunk, (), lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts)
 
     # e of token i reads behind token i - 1: it takes the place of that token's row, and its overlaps move back.
     e = jnp.concatenate([x.erase.e[..., 1:, :], jnp.zeros_like(x.erase.e[..., :1, :])], axis=-2)
@@ -321,10 +338,10 @@ def _prepare(x: Streams) -> tuple[Chunk, Read]:
     def read_outputs(starts, written):
         return own + dot("...ck,...kv->...cv", from_state, starts) + dot("...ij,...jv->...iv", inside, written)
 
-    return Chunk(decays.through, extra, u, w, decays.to_end(keys)), read_outputs
+    return Chunk(decays.through, extra, u, w, decays.to_end(keys)), (), read_outputs
 
 
-def _prepare_elementwise(x: Streams) -> tuple[Chunk, Read]:
+def _prepare_elementwise(x: Streams) -> tuple[Chunk, Powers, Read]:
     """With a decay of its own for every entry, states are formed token by token: in all chunks at once, each from 0."""
     time_first = lambda a: jnp.moveaxis(a, -3, 0)
     g = time_first(x.decay.g)
@@ -334,12 +351,23 @@ def _prepare_elementwise(x: Streams) -> tuple[Chunk, Read]:
     def read_outputs(starts, _):
         return jnp.sum(time_first(x.q[..., None]) * (own + reached * starts), axis=-2)
 
-    return Chunk(reached[-1], own[-1]), lambda *args: jnp.moveaxis(read_outputs(*args), 0, -2)
+    return Chunk(reached[-1], own[-1]), (), lambda *args: jnp.moveaxis(read_outputs(*args), 0, -2)
+
+
+def _prepare_invariant(x: Streams) -> tuple[Chunk, Powers, Read]:
+    decays = invariant_chunks(x.q, x.k, x.decay, x.v.shape[-2])
+    own = dot("...ij,...jv->...iv", decays.inside, x.v)
+    chunk = Chunk(decays.through, extra=dot("...kc,...cv->...kv", decays.writes, x.v))
+    return chunk, decays.powers, lambda starts, _: own + dot("...kc,...kv->...cv", decays.reads, starts)
+
+
+def _through(decay: Array | Through, powers: Powers, state: Shaped[Array, "*N K V"]) -> Shaped[Array, "*N K V"]:
+    return decay.times(powers, state) if isinstance(decay, Through) else decay * state
 
 
 @jax.custom_vjp
 def hand_on(
-    chunk: Chunk, memories: Shaped[Array, "B M H K V"], visited: Int[Array, "N B"]
+    chunk: Chunk, powers: Powers, memories: Shaped[Array, "B M H K V"], visited: Int[Array, "N B"]
 ) -> tuple[Shaped[Array, "N B H K V"], Float[Array, "N B H C V"] | None, Shaped[Array, "B M H K V"]]:
     """All that has to happen in order: per chunk the state that comes in and U'; and the memories in the end.
 
@@ -350,7 +378,7 @@ def hand_on(
     def body(memories, inputs):
         x, visited = inputs
         start = _visit(memories, visited)
-        end, written = x.decay * start, None
+        end, written = _through(x.decay, powers, start), None
         if x.extra is not None:
             end += x.extra
         if x.w is not None:
@@ -362,19 +390,19 @@ def hand_on(
     return starts, written, memories
 
 
-def _hand_on_forward(chunk, memories, visited):
-    starts, written, memories = hand_on(chunk, memories, visited)
-    return (starts, written, memories), (chunk, starts, written, visited)
+def _hand_on_forward(chunk, powers, memories, visited):
+    starts, written, memories = hand_on(chunk, powers, memories, visited)
+    return (starts, written, memories), (chunk, powers, starts, written, visited)
 
 
 def _hand_on_backward(saved, cotangents):
-    chunk, starts, written, visited = saved
+    chunk, powers, starts, written, visited = saved
     d_starts, d_written, d_memories = cotangents
 
     def body(d_memories, inputs):
         x, d_start, d_written, visited = inputs
         d_end = _visit(d_memories, visited)
-        d_start += x.decay * d_end
+        d_start += jax.linear_transpose(functools.partial(_through, x.decay, powers), d_start)(d_end)[0]
         if x.w is not None:
             d_written += dot("...ck,...kv->...cv", x.keys, d_end)
             d_start -= dot("...ck,...cv->...kv", x.w, d_written)
@@ -383,14 +411,16 @@ def _hand_on_backward(saved, cotangents):
     d_memories, (d_written, d_ends) = jax.lax.scan(
         body, d_memories, (chunk, d_starts, d_written, visited), reverse=True
     )
-    d_chunk = Chunk(sum_to(d_ends * starts, chunk.decay.shape), None if chunk.extra is None else d_ends)
+    _, pull = jax.vjp(lambda decay, powers: _through(decay, powers, starts), chunk.decay, powers)
+    d_decay, d_powers = pull(d_ends)
+    d_chunk = Chunk(d_decay, None if chunk.extra is None else d_ends)
     if chunk.w is not None:
         d_chunk = d_chunk._replace(
             u=d_written,
             w=-dot("...cv,...kv->...ck", d_written, starts),
             keys=dot("...cv,...kv->...ck", written, d_ends),
         )
-    return d_chunk, d_memories, None
+    return d_chunk, d_powers, d_memories, None
 
 
 hand_on.defvjp(_hand_on_forward, _hand_on_backward)

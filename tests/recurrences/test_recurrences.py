@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.recurrences import decay_only, delta, elementwise
+from jaxmem.recurrences import decay_only, delta, elementwise, state_space
 
 B, T, H, G, K, V, D, N, STEPS = 2, 43, 4, 2, 8, 6, 5, 3, 3
 program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
@@ -91,7 +91,7 @@ CASES = {
         },
     ),
     "state_space": (
-        elementwise.state_space,
+        state_space.state_space,
         {
             "x": CHANNELS["x"],
             "dt": Shape((D,), "step"),
@@ -100,6 +100,18 @@ CASES = {
             "c": Shape((D, N), "complex"),
             "d": Shape((D,)),
             "state": Shape((B, D, N), "complex"),
+        },
+    ),
+    "linear_state_space": (
+        state_space.linear_state_space,
+        {
+            "x": CHANNELS["x"],
+            "dt": Shape((D,), "step"),
+            "a": Shape((N, N), "triangle"),
+            "b": Shape((N,)),
+            "c": Shape((D, N)),
+            "d": Shape((D,)),
+            "state": Shape((B, D, N)),
         },
     ),
     "delta_rule": (delta.delta_rule, take(TOKENS, "q", "k", "v", "beta")),
@@ -149,6 +161,8 @@ def make_inputs(name, seed=0, strength=1.0, forgets=0.0):
                 return strength * rng.uniform(0.01, 0.5, axes)
             case "rate":
                 return -rng.uniform(0.2, 2, axes)
+            case "triangle":
+                return np.tril(normal, -1) - np.diag(rng.uniform(0.2, 2, axes[0]))
             case "gate":
                 return rng.uniform(size=axes)
             case "positive":
@@ -249,6 +263,16 @@ def _state_space(t, c, s):
     return 2 * jnp.real(jnp.sum(c["c"] * s, -1)) + c["d"] * t["x"], s
 
 
+def _linear_state_space(t, c, s):
+    """(I - dt/2 A) h = (I + dt/2 A) h_before + dt b x, by forward substitution."""
+    half = c["dt"][:, None, None] / 2 * jnp.tril(c["a"])
+    right = s + jnp.einsum("dij,bdj->bdi", half, s) + c["dt"][:, None] * c["b"] * t["x"][..., None]
+    h = jnp.zeros_like(s)
+    for n in range(N):
+        h = h.at[..., n].set((right[..., n] + jnp.sum(half[:, n] * h, -1)) / (1 - half[:, n, n]))
+    return jnp.sum(c["c"] * h, -1) + c["d"] * t["x"], h
+
+
 EQUATIONS = {
     "linear_attention": lambda t, c, s: _decaying(t["q"], t["k"], t["v"], 1, s),
     "linear_attention_normalized": _normalized,
@@ -264,6 +288,7 @@ EQUATIONS = {
     "rg_lru": _rg_lru,
     "selective_scan": _selective,
     "state_space": _state_space,
+    "linear_state_space": _linear_state_space,
     "delta_rule": lambda t, c, s: _delta(_per_head(t["q"]), _per_head(t["k"]), t["v"], s, t["beta"]),
     "gated_delta_rule": _gated_delta,
     "kimi_delta_attention": _gated_delta,
@@ -464,19 +489,35 @@ def test_identities(pair):
     assert_close(one, other, tolerance=2e-6)
 
 
-def test_a_state_space_is_a_convolution():
+@pytest.mark.parametrize("name", ["state_space", "linear_state_space"])
+def test_a_state_space_is_a_convolution(name):
     """From an empty state; values and all gradients, without the state's."""
-    inputs = make_inputs("state_space")
+    inputs = make_inputs(name)
     del inputs["state"]
     weight = np.random.default_rng(1).normal(size=inputs["x"].shape).astype(np.float32)
+    kernel = getattr(state_space, f"{name}_kernel")
 
     @program
     def both(inputs):
-        def convolution(x, dt, a, b, c, d):
-            return elementwise.causal_convolution(x, elementwise.state_space_kernel(dt, a, b, c, T)) + d * x
+        def convolution(x, d, **system):
+            return state_space.causal_convolution(x, kernel(**system, n_tokens=T)) + d * x
 
-        calls = (convolution, lambda **inputs: elementwise.state_space(**inputs, chunk_tokens=16)[0])
+        calls = (convolution, lambda **inputs: CASES[name][0](**inputs, chunk_tokens=16)[0])
         pulls = [jax.vjp(lambda inputs, call=call: call(**inputs), inputs) for call in calls]
         return [(y, pull(weight)) for y, pull in pulls]
 
     assert_close(*both(inputs), tolerance=5e-6)
+
+
+def test_hippo_recognises_a_constant():
+    """The coefficients of 1 in Legendre polynomials are 1, 0, 0, ...: the state that LegS comes to, at any step size."""
+    a, b = state_space.hippo_legs(16)
+    dt, c, x = jnp.array([0.03, 0.1, 1.0]), jnp.zeros((3, 16)), jnp.ones((1, 1024, 3))
+    _, state = program(state_space.linear_state_space)(x, dt, a, b, c)
+    np.testing.assert_allclose(state[0], np.eye(16)[[0, 0, 0]], atol=1e-5)
+
+
+def test_a_matrix_that_is_not_triangular_is_refused():
+    inputs = jax.tree.map(jnp.asarray, make_inputs("linear_state_space"))
+    with pytest.raises(ValueError, match="lower triangular a, got one with numbers above its diagonal; turn"):
+        state_space.linear_state_space(**inputs | {"a": inputs["a"].T})
