@@ -1,7 +1,7 @@
 """Griffin's recurrent block: a real-gated linear recurrent unit behind a short convolution.
 
-    u = conv(W_x x) + c;  r = sigmoid(W_r u + b_r), i = sigmoid(W_i u + b_i), W_r and W_i in blocks, one per head
-    a = e^{-8 r softplus(lam)};  h = a h + sqrt(1 - a^2) (i * u);  y = W_o (h * gelu(W_y x))
+    u = conv(W_x x + b_x) + c;  r = sigmoid(W_r u + b_r), i = sigmoid(W_i u + b_i), W_r and W_i in blocks, one per head
+    a = e^{-8 r softplus(lam)};  h = a h + sqrt(1 - a^2) (i * u);  y = W_o (h * gelu(W_y x + b_y)) + b_o
 
 The first token of a document enters unscaled. Cost and state: see `recurrent`; one number per channel.
 Reference: De et al. 2024, arXiv 2402.19427, section 2.4, with the blocks of the RecurrentGemma checkpoints.
@@ -33,7 +33,7 @@ class GriffinConfig(RecurrentConfig):
         return self.n_heads * self.head_dim, 1, 1
 
     def projections(self, d_model: int) -> dict[str, Projection]:
-        return {"input": Projection((self.n_heads, self.head_dim), ("heads", "value"), convolved=True)}
+        return {"input": Projection((self.n_heads, self.head_dim), ("heads", "value"), convolved=True, bias=True)}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
         heads, width = self.n_heads, self.head_dim
@@ -59,7 +59,8 @@ class GriffinConfig(RecurrentConfig):
         return elementwise.rg_lru_streams(flat(u), flat(g), flat(i), x["position"] == 0, scale=1.0)
 
     def output(self, d_model: int, *, rngs: nnx.Rngs) -> GatedOutput:
-        return GatedOutput(d_model, self.n_heads * self.head_dim, 1, gate=jax.nn.gelu, norm=None, rngs=rngs)
+        options = {"gate": jax.nn.gelu, "gate_bias": True, "out_bias": True, "norm": None}
+        return GatedOutput(d_model, self.n_heads * self.head_dim, 1, **options, rngs=rngs)
 
 
 def _init_lam(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

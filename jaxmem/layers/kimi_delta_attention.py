@@ -3,7 +3,7 @@
     q, k, v = silu(conv(W x)), q and k at unit length;   beta = sigmoid(W_b x);   f = W_2 W_1 x
     KDA:   g = -e^{a_log} softplus(f + dt_bias), or with a lower bound l < 0, g = l sigmoid(e^{a_log} (f + dt_bias))
     GDN-2: the same g; b = sigmoid(W_b x) per key channel erases, w = sigmoid(W_w x) per value channel writes
-    y = W_o (RMSNorm(o) * sigmoid(W_4 W_3 x + c))
+    y = W_o (RMSNorm(o) * sigmoid(W_4 W_3 x + c)), c where there is a `gate_bias`
 
 Cost and state: see `recurrent`.
 References: Kimi Team 2025, arXiv 2510.26692; GDN-2 as in flash-linear-attention 0.6.
@@ -28,6 +28,9 @@ class KimiDeltaAttentionConfig(DeltaNetConfig):
 
     lower_bound: float | None = None
     """Of g, such as -5; None: the softplus gate, as in Kimi-Linear-48B."""
+    gate_bias: bool = True
+    """Of the output's gate, as in flash-linear-attention; False: none, as in Kimi-Linear-48B."""
+    norm_eps: float = 1e-5
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,7 +60,7 @@ class KimiDeltaAttentionConfig(DeltaNetConfig):
         return -rate * jax.nn.softplus(f) if self.lower_bound is None else self.lower_bound * jax.nn.sigmoid(rate * f)
 
     def output(self, d_model: int, *, rngs: nnx.Rngs) -> GatedOutput:
-        gate = {"gate": jax.nn.sigmoid, "gate_rank": self.value_dim, "gate_bias": True}
+        gate = {"gate": jax.nn.sigmoid, "gate_rank": self.value_dim, "gate_bias": self.gate_bias}
         return GatedOutput(d_model, self.n_heads, self.value_dim, **gate, eps=self.norm_eps, rngs=rngs)
 
 

@@ -5,6 +5,8 @@
     Mamba-2: u, B, C = silu(conv(W x) + c);  dt = softplus(W_t x + dt_bias)
              S = e^{dt A} S + B (dt u)^T,  y = W_o RMSNorm((S^T C + d u) * silu(W_z x)),           A = -e^{a_log} [H]
 
+Mamba-2's norm is over the heads that share B and C.
+
 Cost: see `recurrent`; Mamba's state is N numbers per channel, and its scan about 9 N FLOPs per channel and token.
 References: Gu and Dao 2023, arXiv 2312.00752; Dao and Gu 2024, arXiv 2405.21060. Published projections are fused into one
 matrix; here each has its own.
@@ -99,6 +101,7 @@ class Mamba2Config(HeadsConfig):
     here n_key_heads."""
 
     n_key_heads: int | None = 1
+    norm_eps: float = 1e-5
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         common = super().projections(d_model)
@@ -124,7 +127,7 @@ class Mamba2Config(HeadsConfig):
         return o + p["d"][:, None] * jax.nn.silu(x["input"] + p["input_bias"])
 
     def output(self, d_model: int, *, rngs: nnx.Rngs) -> GatedOutput:
-        options = {"norm": "all", "gate_first": True, "eps": self.norm_eps}
+        options = {"norm": self.key_heads, "gate_first": True, "eps": self.norm_eps}
         return GatedOutput(d_model, self.n_heads, self.value_dim, **options, rngs=rngs)
 
 

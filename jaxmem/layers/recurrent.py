@@ -31,7 +31,7 @@ Arrays = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """How x [D] becomes one input of a recurrence: W x, or W_up f(W_down x) through a bottleneck; plus a bias."""
+    """How x [D] becomes one input of a recurrence: W x, or W_up f(W_down x) through a bottleneck; perhaps plus a bias."""
 
     shape: tuple[int, ...]
     """Of what comes out per token, such as (H, K)."""
@@ -47,6 +47,8 @@ class Projection:
     """f, in the bottleneck."""
     shifted: bool = False
     """Reads x_t + mu * (x_{t-1} - x_t) instead of x_t, mu learned per channel of x."""
+    bias: bool = False
+    """Adds one."""
     is_identity: bool = False
     """x itself; shape is (D,)."""
 
@@ -194,6 +196,7 @@ class Projections(nnx.Module):
         self.mix = nnx.Dict()
         self.down = nnx.Dict()
         self.weight = nnx.Dict()
+        self.bias = nnx.Dict()
         normal = lambda width: nnx.initializers.truncated_normal(width**-0.5)
         for name, spec in self.specs.items():
             if spec.is_identity:
@@ -208,6 +211,9 @@ class Projections(nnx.Module):
                 self.down[name] = param(rngs, normal(d_model), *down)
                 shape, axes = (spec.rank, *spec.shape), ("rank", *spec.axes)
             self.weight[name] = param(rngs, normal(shape[0]), (*lead, *shape), (*lead_axes, *axes))
+            if spec.bias:
+                bias = (*lead, *spec.shape), (*lead_axes, *spec.axes)
+                self.bias[name] = param(rngs, nnx.initializers.zeros, *bias)
 
     @property
     def specs(self) -> dict[str, Projection]:
@@ -243,6 +249,8 @@ class Projections(nnx.Module):
                 source, letters = (source if spec.activation is None else spec.activation(source)), f"bt{m}r"
             subscripts = f"{letters},{m}{letters[-1]}{out}->bt{m}{out}"
             made[name] = einsum(subscripts, source, self.weight[name][...], self.axes(name))
+            if spec.bias:
+                made[name] += self.bias[name][...].astype(x.dtype)
         return made
 
 
@@ -399,7 +407,8 @@ class GatedOutput(nnx.Module):
       gate: f; None: no gate.
       gate_rank: W_g through a bottleneck of this width.
       gate_bias: W_g x + b instead.
-      norm: over each head, over all heads together, or none.
+      out_bias: y + b instead.
+      norm: over each head, over all heads together, over each of so many groups of neighbouring heads, or none.
       gate_first: norm(o * f(W_g x)), as in Mamba-2.
     """
 
@@ -412,7 +421,8 @@ class GatedOutput(nnx.Module):
         gate: Callable[[Array], Array] | None = jax.nn.silu,
         gate_rank: int | None = None,
         gate_bias: bool = False,
-        norm: Literal["head", "all"] | None = "head",
+        out_bias: bool = False,
+        norm: Literal["head", "all"] | int | None = "head",
         gate_first: bool = False,
         eps: float = 1e-6,
         rngs: nnx.Rngs,
@@ -435,6 +445,7 @@ class GatedOutput(nnx.Module):
         shape, axes = ((value_dim,), ("value",)) if norm == "head" else ((n_heads, value_dim), heads)
         self.norm = None if norm is None else param(rngs, nnx.initializers.ones, shape, axes)
         self.out = param(rngs, normal(n_heads * value_dim), (n_heads, value_dim, d_model), (*heads, "embed"))
+        self.out_bias = param(rngs, nnx.initializers.zeros, (d_model,), ("embed",)) if out_bias else None
 
     def __call__(self, o: Float[Array, "B T H V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         o = o.astype(x.dtype)
@@ -445,14 +456,18 @@ class GatedOutput(nnx.Module):
             o = self._normalize(o * gate) if self.gate_first else self._normalize(o) * gate
         else:
             o = self._normalize(o)
-        return einsum("bthv,hvd->btd", o, self.out[...], (*_TOKENS, "embed"))
+        y = einsum("bthv,hvd->btd", o, self.out[...], (*_TOKENS, "embed"))
+        return y if self.out_bias is None else y + constrain(self.out_bias[...], "embed").astype(y.dtype)
 
     def _normalize(self, o: Array) -> Array:
         if self.norm is None:
             return o
         full = o.astype(jnp.float32)
+        if isinstance(self.norm_over, int):
+            full = full.reshape(*o.shape[:-2], self.norm_over, -1, o.shape[-1])
         mean_square = jnp.mean(jnp.square(full), axis=-1 if self.norm_over == "head" else (-2, -1), keepdims=True)
-        return (full * jax.lax.rsqrt(mean_square + self.eps) * self.norm[...]).astype(o.dtype)
+        full = (full * jax.lax.rsqrt(mean_square + self.eps)).reshape(o.shape)
+        return (full * self.norm[...]).astype(o.dtype)
 
 
 def init_a_log(low: float, high: float) -> Initializer:

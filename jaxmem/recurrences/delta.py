@@ -1,6 +1,6 @@
 """Delta rules: memories that correct what they hold for a key before they write.
 
-Each is S_t = (D_t - b_t e_t^T) S_{t-1} + k_t v_t^T of the engine under names of its own; o_t = scale * S_t^T q_t.
+Each is S_t = (I - b_t e_t^T) D_t S_{t-1} + k_t v_t^T of the engine under names of its own; o_t = scale * S_t^T q_t.
 
 | name | S_t | source |
 |---|---|---|
@@ -71,8 +71,7 @@ def gated_delta_rule(
 
 def gated_delta_streams(q: Array, k: Array, v: Array, g: Array, beta: Array, *, scale: float) -> Streams:
     q, k = repeat_heads(q, v), repeat_heads(k, v)
-    erase = Erase((beta * jnp.exp(g))[..., None] * k)
-    return Streams(scale * q, k, beta[..., None] * v, affine.Scalar(g), erase)
+    return Streams(scale * q, k, beta[..., None] * v, affine.Scalar(g), Erase(beta[..., None] * k))
 
 
 def kimi_delta_attention(
@@ -92,8 +91,7 @@ def kimi_delta_attention(
 
 def kimi_delta_streams(q: Array, k: Array, v: Array, g: Array, beta: Array, *, scale: float) -> Streams:
     q, k = repeat_heads(q, v), repeat_heads(k, v)
-    erase = Erase(beta[..., None] * jnp.exp(g) * k)
-    return Streams(scale * q, k, beta[..., None] * v, affine.Vector(g), erase)
+    return Streams(scale * q, k, beta[..., None] * v, affine.Vector(g), Erase(beta[..., None] * k))
 
 
 def gated_delta_product(
@@ -139,7 +137,7 @@ def gated_delta_net_2(
 
 def gated_delta_net_2_streams(q: Array, k: Array, v: Array, g: Array, b: Array, w: Array, *, scale: float) -> Streams:
     q, k = repeat_heads(q, v), repeat_heads(k, v)
-    return Streams(scale * q, k, w * v, affine.Vector(g), Erase(b * jnp.exp(g) * k))
+    return Streams(scale * q, k, w * v, affine.Vector(g), Erase(b * k))
 
 
 def comba(
@@ -160,7 +158,7 @@ def comba(
 
 def comba_streams(q: Array, k: Array, v: Array, p: Array, g: Array, beta: Array, *, scale: float) -> Streams:
     q, k, p = (repeat_heads(x, v) for x in (q, k, p))
-    return Streams(scale * q, k, beta[..., None] * v, affine.Scalar(g), Erase(beta[..., None] * p))
+    return Streams(scale * q, k, beta[..., None] * v, affine.Scalar(g), Erase(undecayed=beta[..., None] * p))
 
 
 def dplr(
@@ -179,7 +177,7 @@ def dplr(
 
 
 def dplr_streams(q: Array, k: Array, v: Array, a: Array, b: Array, g: Array, *, scale: float) -> Streams:
-    return Streams(scale * q, k, v, affine.Vector(g), Erase(-a, b))
+    return Streams(scale * q, k, v, affine.Vector(g), Erase(undecayed=-a, at=b))
 
 
 def rwkv7(

@@ -1,17 +1,18 @@
 """The engine of all linear recurrences with a matrix state S [K, V]:
 
-    S_t = (D_t - b_t e_t^T) S_{t-1} + k_t v_t^T,      o_t = S_t^T q_t
+    S_t = (I - b_t e_t^T) D_t S_{t-1} + k_t v_t^T,      o_t = S_t^T q_t
 
 D decays all of S, each key channel, or each entry (`affine.Scalar`, `Vector`, `Elementwise`); -inf as a log-decay
-forgets. e reads the state before it decays, and what it reads is erased at b: without e only decay is left, and where
-b = k it is a delta rule, S_t = D_t S_{t-1} + k_t (v_t - S_{t-1}^T e_t)^T. A named recurrence is a function that makes
-these streams of its own inputs, token by token (`Streams`), and hands them to `recurrence`.
+forgets. What e reads of the decayed state is erased at b: without e only decay is left, and where b = k it is a delta
+rule, S_t = D_t S_{t-1} + k_t (v_t - (D_t S_{t-1})^T e_t)^T. Some recurrences let e read S_{t-1} itself (`Erase`). A named
+recurrence is a function that makes these streams of its own inputs, token by token (`Streams`), and hands them to
+`recurrence`.
 
 In chunks of C tokens, with D_ij as in `chunk_decays` and d_i = D from the start of the chunk to i, what is written,
-U_i = v_i - S_{i-1}^T e_i, solves a unit lower-triangular system, so that a chunk costs a few products of [C, C] and [C, K]
-matrices and only its end state is handed on (for b = k; else the same with -S^T e beside v):
+U_i = v_i - (D_i S_{i-1})^T e_i, solves a unit lower-triangular system, so that a chunk costs a few products of [C, C] and
+[C, K] matrices and only its end state is handed on (for b = k; else the same with -S^T e beside v):
 
-    (I + A) [U | W] = [V | e d_{-1}],   A_ij = e_i^T D_{i-1,j} k_j for j < i
+    (I + A) [U | W] = [V | d E],   A_ij = e_i^T D_ij k_j for j < i
     U' = U - W S,   O = (d Q) S + (Q^T D K) U',   S <- d_C S + (D_C K)^T U'
 
 Chunks are worked on in groups: only U' and S go from chunk to chunk, all else is one batch of products. The backward pass
@@ -45,12 +46,14 @@ GROUP_CHUNKS = 16
 
 
 class Erase(NamedTuple):
-    """What is read from the state before a token, and erased."""
+    """What is read from the state before a token, and erased: one of the two e, and b."""
 
-    e: Float[Array, "*tokens H K"]
-    """What reads."""
-    b: Float[Array, "*tokens H K"] | None = None
-    """Where it is erased; None: at k."""
+    decayed: Float[Array, "*tokens H K"] | None = None
+    """e that reads the state behind its decay, D_t S_{t-1}."""
+    undecayed: Float[Array, "*tokens H K"] | None = None
+    """e that reads S_{t-1}."""
+    at: Float[Array, "*tokens H K"] | None = None
+    """b, where it is erased; None: at k."""
 
 
 class Streams(NamedTuple):
@@ -116,11 +119,12 @@ def recurrence(
 def step(x: Streams, state: Shaped[Array, "*B H K V"]) -> tuple[Shaped[Array, "*B H V"], Shaped[Array, "*B H K V"]]:
     """One token: the recurrence as it is written in the module docstring."""
     write = lambda key, value: key[..., None] * value[..., None, :]
+    read = lambda query, state: dot("...k,...kv->...v", query, state)
     after = x.decay.times(state) + write(x.k, x.v)
     if x.erase is not None:
-        e, b = x.erase
-        after -= write(x.k if b is None else b, dot("...k,...kv->...v", e, state))
-    return dot("...k,...kv->...v", x.q, after), after
+        e = x.erase.undecayed if x.erase.decayed is None else x.decay.times(x.erase.decayed[..., None])[..., 0]
+        after -= write(x.k if x.erase.at is None else x.erase.at, read(e, state))
+    return read(x.q, after), after
 
 
 def steps(
@@ -238,6 +242,8 @@ def _over_groups(body, carry, make: MakeStreams, inputs: PyTree, chunk_memory: A
 
     def grouped(a: Array, **how: str) -> Array:  # [B, chunks, ...] -> [groups, B, N, ...]
         a = jnp.pad(a, [(0, 0), (0, idle)] + [(0, 0)] * (a.ndim - 2), **how)
+        if a.shape[0] == 1:  # nothing to move, but XLA would copy
+            return a.reshape(-1, 1, per_group, *a.shape[2:])
         return jnp.moveaxis(a.reshape(a.shape[0], -1, per_group, *a.shape[2:]), 1, 0)
 
     by_chunk = lambda a: grouped(a.reshape(a.shape[0], n_chunks, -1, *a.shape[2:]))
@@ -282,22 +288,22 @@ def forget(x: Streams, documents: Documents) -> Streams:
         return x._replace(v=v, decay=Invariant(x.decay.M, *(flags[..., None] for flags in documents)))
     g = x.decay.g
     decay = type(x.decay)(jnp.where(at(documents.starts, g), -jnp.inf, real(g)))
-    erase = x.erase
-    if erase is not None:
-        e = jnp.where(at(documents.starts | ~documents.real, erase.e), 0, erase.e)
-        erase = Erase(e, None if erase.b is None else real(erase.b))
+    erase = jax.tree.map(real, x.erase)
+    if erase is not None and erase.undecayed is not None:
+        e = erase.undecayed
+        erase = erase._replace(undecayed=jnp.where(at(documents.starts, e), 0, e))
     return Streams(x.q, real(x.k), v, decay, erase)
 
 
 class Chunk(NamedTuple):
-    """What a chunk does with the state S that comes in: it writes U' = u - w S and leaves decay S + keys^T U' + extra."""
+    """What a chunk does with the state S that comes in: it writes U' = u - w S and leaves decay S + keys U' + extra."""
 
     decay: Shaped[Array, "*N #K #V"] | Through
     extra: Shaped[Array, "*N K V"] | None = None
     """What it writes whatever comes in."""
     u: Float[Array, "*N C V"] | None = None
     w: Float[Array, "*N C K"] | None = None
-    keys: Float[Array, "*N C K"] | None = None
+    keys: Float[Array, "*N K C"] | None = None
     """Decayed to the end of the chunk."""
 
 
@@ -319,26 +325,30 @@ def _prepare(x: Streams) -> tuple[Chunk, Powers, Read]:
         chunk = Chunk(decays.through, extra=dot("...ck,...cv->...kv", decays.to_end(x.k), x.v))
         return chunk, (), lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts)
 
-    # e of token i reads behind token i - 1: it takes the place of that token's row, and its overlaps move back.
-    e = jnp.concatenate([x.erase.e[..., 1:, :], jnp.zeros_like(x.erase.e[..., :1, :])], axis=-2)
-    behind = lambda rows: jnp.concatenate([jnp.zeros_like(rows[..., :1, :]), rows[..., :-1, :]], axis=-2)
-    e_from_state = jnp.concatenate([x.erase.e[..., :1, :], decays.from_start(e)[..., :-1, :]], axis=-2)
-    if x.erase.b is None:
+    e, b, early = x.erase.decayed, x.erase.at, x.erase.decayed is None
+    if (
+        early
+    ):  # e of token i reads behind token i - 1: it takes the place of that token's row, and its overlaps move back
+        e = jnp.concatenate([x.erase.undecayed[..., 1:, :], jnp.zeros_like(x.q[..., :1, :])], axis=-2)
+    behind = lambda rows, first: jnp.concatenate([first, rows[..., :-1, :]], axis=-2) if early else rows
+    e_from_state = behind(decays.from_start(e), x.erase.undecayed[..., :1, :] if early else None)
+    overlaps = lambda blocks: jnp.tril(behind(blocks, jnp.zeros_like(blocks[..., :1, :])), -1)
+    if b is None:
         (erased,), (inside,) = decays.overlaps([e, x.q], [x.k])
         keys, values, extra, own = x.k, x.v, None, 0
     else:
-        (erased, read), (inside, own) = decays.overlaps([e, x.q], [x.erase.b, x.k])
-        keys, values = x.erase.b, -dot("...ij,...jv->...iv", behind(read), x.v)
+        (erased, read), (inside, own) = decays.overlaps([e, x.q], [b, x.k])
+        keys, values = b, -dot("...ij,...jv->...iv", overlaps(read), x.v)
         extra = dot("...ck,...cv->...kv", decays.to_end(x.k), x.v)
         own = dot("...ij,...jv->...iv", own, x.v)
-    solved = unit_lower_inverse(behind(erased))
+    solved = unit_lower_inverse(overlaps(erased))
     solved = dot("...ij,...jv->...iv", solved, jnp.concatenate([values, e_from_state], axis=-1))
     u, w = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
 
     def read_outputs(starts, written):
         return own + dot("...ck,...kv->...cv", from_state, starts) + dot("...ij,...jv->...iv", inside, written)
 
-    return Chunk(decays.through, extra, u, w, decays.to_end(keys)), (), read_outputs
+    return Chunk(decays.through, extra, u, w, decays.to_end(keys).mT), (), read_outputs
 
 
 def _prepare_elementwise(x: Streams) -> tuple[Chunk, Powers, Read]:
@@ -383,7 +393,7 @@ def hand_on(
             end += x.extra
         if x.w is not None:
             written = x.u - dot("...ck,...kv->...cv", x.w, start)
-            end += dot("...ck,...cv->...kv", x.keys, written)
+            end += dot("...kc,...cv->...kv", x.keys, written)
         return _leave(memories, visited, end), (start, written)
 
     memories, (starts, written) = jax.lax.scan(body, memories, (chunk, visited))
@@ -405,11 +415,12 @@ def _hand_on_backward(saved, cotangents):
         d_start += jax.linear_transpose(functools.partial(_through, x.decay, powers), d_start)(d_end)[0]
         if x.w is not None:
             d_written += dot("...ck,...kv->...cv", x.keys, d_end)
-            d_start -= dot("...ck,...cv->...kv", x.w, d_written)
+            d_start -= dot("...kc,...cv->...kv", x.w, d_written)
         return _leave(d_memories, visited, d_start), (d_written, d_end)
 
+    turned = chunk if chunk.w is None else chunk._replace(w=chunk.w.mT, keys=chunk.keys.mT)
     d_memories, (d_written, d_ends) = jax.lax.scan(
-        body, d_memories, (chunk, d_starts, d_written, visited), reverse=True
+        body, d_memories, (turned, d_starts, d_written, visited), reverse=True
     )
     _, pull = jax.vjp(lambda decay, powers: _through(decay, powers, starts), chunk.decay, powers)
     d_decay, d_powers = pull(d_ends)
@@ -418,7 +429,7 @@ def _hand_on_backward(saved, cotangents):
         d_chunk = d_chunk._replace(
             u=d_written,
             w=-dot("...cv,...kv->...ck", d_written, starts),
-            keys=dot("...cv,...kv->...ck", written, d_ends),
+            keys=dot("...kv,...cv->...kc", d_ends, written),
         )
     return d_chunk, d_powers, d_memories, None
 

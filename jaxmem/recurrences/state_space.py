@@ -1,18 +1,16 @@
 """State spaces that are the same for all tokens, recurrent and as convolutions.
 
-| name | h_t | y_t | source |
-|---|---|---|---|
-| `state_space` | e^{dt a} h_{t-1} + (e^{dt a} - 1) / a * b x_t, complex | 2 Re(c h_t) + d x_t | arXiv 2206.11893 (S4D) |
-| `linear_state_space` | M h_{t-1} + (I - dt/2 A)^{-1} dt b x_t, M = (I - dt/2 A)^{-1} (I + dt/2 A) | c h_t + d x_t | arXiv 2110.13985 (LSSL) |
+    S4D, `state_space`:         h_t = e^{dt a} h_{t-1} + (e^{dt a} - 1) / a * b x_t,  y_t = 2 Re(c h_t) + d x_t, complex
+    LSSL, `linear_state_space`: h_t = M h_{t-1} + (I - dt/2 A)^{-1} dt b x_t,         y_t = c h_t + d x_t,
+                                M = (I - dt/2 A)^{-1} (I + dt/2 A)
 
-The first discretises x' = a x + b u by zero-order hold, the second by the bilinear rule. From an empty state both are
+The first discretises h' = a h + b x by zero-order hold, the second by the bilinear rule. From an empty state both are
 convolutions of x with the `..._kernel` beside them. In the engine's terms every channel is a head of its own, with a state
-[N 1]. Both take `state`, None for zero, and the `Options` of `call` but scale; they return y in x.dtype and the final state in
-complex64 and fp32.
+[N 1]. Both take `state`, None for zero, and the `Options` of `call` but scale; they return y in x.dtype and the final
+state in complex64 and fp32.
 
 Cost: see `invariant`, with K = N and V = 1. State: N D numbers.
-References: Gu et al. 2022, "On the parameterization and initialization of diagonal state space models"; Gu et al. 2021,
-"Combining recurrent, convolutional, and continuous-time models with linear state-space layers".
+References: Gu et al. 2022, arXiv 2206.11893; Gu et al. 2021, arXiv 2110.13985.
 """
 
 from typing import Unpack

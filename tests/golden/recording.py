@@ -7,7 +7,8 @@
     weights     random, of the outputs in a sum
     gradients   of that sum in inputs and decays; one per case
 
-Names, layouts and default scales are those of the function of jaxmem with the recording's name.
+Names, layouts and default scales are those of the function of jaxmem with the recording's name; those of a layer's weights
+are the public ones.
 """
 
 import importlib.metadata
