@@ -46,12 +46,12 @@ class Options:
     tokens: int = 4096
     batch: int = 1
     heads: int = 4
-    key_dim: int = 64
-    value_dim: int = 64
+    key_dim: int = 128
+    value_dim: int = 128
     channels: int = 256
     """Of elementwise recurrences."""
     state_dim: int = 16
-    """Of each of these channels, in selective_scan and state_space."""
+    """Of each of these channels, in selective_scan, state_space and linear_state_space."""
     chunk_tokens: tuple[int, ...] = (64,)
     """The first is the other code's too."""
     repeats: int = 5
@@ -89,6 +89,10 @@ def cases(o: Options) -> dict[Callable, Callable[[], tuple[jax.Array, ...]]]:
             *(normal(*tokens, o.state_dim), normal(*tokens, o.state_dim)),
         ),
         state_space.state_space: lambda: (normal(*channels), jnp.exp(ramp(-7, -2)), poles, ones, normal(*modes) * ones),
+        state_space.linear_state_space: lambda: (
+            *(normal(*channels), jnp.exp(ramp(-7, -2)), *state_space.hippo_legs(o.state_dim)),
+            normal(o.channels, o.state_dim),
+        ),
         delta.delta_rule: lambda: (q, k, v, beta),
         delta.gated_delta_rule: lambda: (q, k, v, g, beta),
         delta.kimi_delta_attention: lambda: (q, k, v, -positive(*keys), beta),

@@ -32,7 +32,7 @@ from jaxmem.layers.recurrent import (
     init_dt_bias,
 )
 from jaxmem.recurrences import delta
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array
 
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.recurrent import Arrays, GatedOutput, Parameter, Projection, RecurrentConfig
+from jaxmem.layers.recurrent import Arrays, GatedOutput, Parameter, Projection, RecurrentConfig, in_full
 from jaxmem.recurrences import elementwise
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.products import dot
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 
 
@@ -50,13 +51,16 @@ class GriffinConfig(RecurrentConfig):
             "lam": Parameter(_init_lam, *channels),
         }
 
-    def streams(self, x: Arrays, p: Arrays) -> Streams:
-        u = x["input"] + p["input_bias"]
-        of_block = lambda name: jnp.einsum("...hk,hkv->...hv", u, p[name], precision=jax.lax.Precision.HIGHEST)
+    def prepare(self, x: Arrays, p: Arrays) -> Arrays:
+        u = in_full(x)["input"] + p["input_bias"]
+        of_block = lambda name: dot("...hk,hkv->...hv", u, p[name])
         r, i = (jax.nn.sigmoid(of_block(name) + p[f"{name}_bias"]) for name in ("recurrence", "admission"))
         g = -elementwise.GATE_POWER * r * jax.nn.softplus(p["lam"])
         flat = lambda a: a.reshape(*a.shape[:-2], -1)
-        return elementwise.rg_lru_streams(flat(u), flat(g), flat(i), x["position"] == 0, scale=1.0)
+        return {"u": flat(u), "g": flat(g), "i": flat(i), "first": x["position"] == 0}
+
+    def streams(self, x: Arrays, p: Arrays) -> Streams:
+        return elementwise.rg_lru_streams(x["u"], x["g"], x["i"], x["first"], scale=1.0)
 
     def output(self, d_model: int, *, rngs: nnx.Rngs) -> GatedOutput:
         options = {"gate": jax.nn.gelu, "gate_bias": True, "out_bias": True, "norm": None}

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxmem.layers.recurrent import Arrays, GatedOutput, HeadsConfig, Projection, RecurrentConfig
 from jaxmem.recurrences import decay_only, elementwise
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxmem.layers.gated_delta_net import DeltaNetConfig
 from jaxmem.layers.recurrent import Arrays, GatedOutput, Parameter, Projection, init_a_log, init_dt_bias
 from jaxmem.recurrences import delta
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array
 
 

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxmem.layers.recurrent import Arrays, GatedOutput, HeadsConfig, Parameter, Projection
 from jaxmem.layers.rotary import rotary
 from jaxmem.recurrences import decay_only
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array
 
 GATE_TEMPERATURE = 16.0

@@ -26,11 +26,13 @@ from jaxmem.layers.recurrent import (
     Parameter,
     Projection,
     RecurrentConfig,
+    in_full,
     init_a_log,
     init_dt_bias,
 )
 from jaxmem.recurrences import decay_only, elementwise
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.products import dot
+from jaxmem.recurrences.streams import Streams
 from jaxmem.sharding import sum_over
 from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 
@@ -77,12 +79,12 @@ class MambaConfig(RecurrentConfig):
     def prepare(self, x: Arrays, p: Arrays) -> Arrays:
         dtype = x["input"].dtype
         u = jax.nn.silu(x["input"] + p["input_bias"].astype(dtype))
-        of_all_channels = lambda name: sum_over(u @ p[name].astype(dtype), "heads")
-        return {"u": u, "dt": of_all_channels("dt_down"), "b": of_all_channels("b"), "c": of_all_channels("c")}
+        mixed = {name: sum_over(u @ p[name].astype(dtype), "heads") for name in ("dt_down", "b", "c")}
+        dt = dot("...r,rd->...d", in_full(mixed)["dt_down"], p["dt_up"]) + p["dt_bias"]
+        return {"u": u, "dt": jax.nn.softplus(dt), "b": mixed["b"], "c": mixed["c"]}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
-        dt = jax.nn.softplus(x["dt"] @ p["dt_up"] + p["dt_bias"])
-        return elementwise.selective_streams(x["u"], dt, -jnp.exp(p["a_log"]), x["b"], x["c"])
+        return elementwise.selective_streams(x["u"], x["dt"], -jnp.exp(p["a_log"]), x["b"], x["c"])
 
     def finish(self, o: Array, x: Arrays, p: Arrays) -> Array:
         return o + (p["d"] * x["u"])[..., None]

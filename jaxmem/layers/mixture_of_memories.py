@@ -43,7 +43,8 @@ from jaxmem.layers.recurrent import (
     with_constants,
 )
 from jaxmem.layers.short_convolution import convolve, last_items, short_convolution
-from jaxmem.recurrences.engine import Documents, chunks, steps
+from jaxmem.recurrences.engine import chunks, steps
+from jaxmem.recurrences.streams import Documents
 from jaxmem.sharding import einsum, local, param
 from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, total
 from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped

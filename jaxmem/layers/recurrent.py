@@ -21,7 +21,8 @@ from flax import nnx
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
 from jaxmem.recurrences.call import require_chunk
-from jaxmem.recurrences.engine import Documents, Streams, recurrence, recurrence_flops
+from jaxmem.recurrences.engine import recurrence, recurrence_flops
+from jaxmem.recurrences.streams import Documents, Streams
 from jaxmem.sharding import constrain, einsum, local, param
 from jaxmem.sharding.rules import Axes
 from jaxmem.typing import Array, DTypeLike, Float, Initializer, Int, PRNGKeyArray, PyTree, Shaped
@@ -99,7 +100,8 @@ class RecurrentConfig(abc.ABC):
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         """The recurrence's streams of projections x [*tokens, ...], in fp32, and parameters and constants p, token by token.
 
-        x has also "position" [*tokens], counted from 0 in each document.
+        x has also "position" [*tokens], counted from 0 in each document. Streams may be made several times, and where every
+        number of the state decays on its own, one token after the other: products of matrices then belong into `prepare`.
         """
 
     def prepare(self, x: Arrays, p: Arrays) -> Arrays:

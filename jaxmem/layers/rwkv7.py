@@ -21,7 +21,7 @@ from flax import nnx
 from jaxmem.layers.norm import l2_normalize
 from jaxmem.layers.recurrent import Arrays, GatedOutput, HeadsConfig, Parameter, Projection
 from jaxmem.recurrences import delta
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array
 
 GROUP_NORM_EPS = 64e-5

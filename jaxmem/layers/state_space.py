@@ -22,7 +22,7 @@ from flax import nnx
 
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConfig
 from jaxmem.recurrences import state_space
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.streams import Streams
 from jaxmem.sharding import einsum, param
 from jaxmem.typing import Array, DTypeLike, Float, PRNGKeyArray
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmem.recurrences.engine import Documents, Implementation, Streams, recurrence
+from jaxmem.recurrences.engine import Implementation, recurrence
+from jaxmem.recurrences.streams import Documents, Streams
 from jaxmem.typing import Array, DTypeLike, Int
 
 CHUNK_TOKENS = 64

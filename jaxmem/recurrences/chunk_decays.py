@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxmem.algebra import affine
-from jaxmem.recurrences.products import dot
+from jaxmem.recurrences.products import dot, widen
 from jaxmem.recurrences.triangular import join_halves
 from jaxmem.typing import Array, Float
 
-DIRECT_TOKENS = 4
+DIRECT_TOKENS = 2
 """Up to this distance, per-channel decays between tokens are formed one by one; beyond it, as a product of two."""
 
 
@@ -38,10 +38,10 @@ class ScalarInChunk(NamedTuple):
         return self.before[..., -1, None, None]
 
     def from_start(self, rows: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
-        return self.before[..., None] * rows
+        return widen(self.before, rows.shape[-1]) * rows
 
     def to_end(self, columns: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
-        return self.between[..., -1, :, None] * columns
+        return widen(self.between[..., -1, :], columns.shape[-1]) * columns
 
     def overlaps(self, rows: list[Array], columns: list[Array]) -> list[list[Float[Array, "*N C C"]]]:
         """rows_i^T D_ij columns_j, of every one of the rows [*N C K] with every one of the columns [*N C K]."""
@@ -55,7 +55,7 @@ class ScalarInChunk(NamedTuple):
 def scalar_in_chunk(g: Float[Array, "*N C"]) -> ScalarInChunk:
     index = jnp.arange(g.shape[-1])
     row, column = index[:, None], index
-    sums = jnp.cumsum(jnp.where(row > column, g[..., None], 0), axis=-2)
+    sums = jnp.cumsum(jnp.where(row > column, widen(g, len(index)), 0), axis=-2)
     return ScalarInChunk(jnp.where(row >= column, jnp.exp(sums), 0), jnp.exp(jnp.cumsum(g, axis=-1)))
 
 
@@ -91,7 +91,7 @@ class VectorInChunk(NamedTuple):
         small = self.direct.shape[-2]
         row_blocks, column_blocks = ([_blocks(x, small) for x in xs] for xs in (rows, columns))
         found = [
-            [jnp.sum(self.direct * r[..., :, None, :] * c[..., None, :, :], axis=-1) for c in column_blocks]
+            [dot("...ijk,...ik->...ij", self.direct * widen(c, small, -3), r) for c in column_blocks]
             for r in row_blocks
         ]
         for behind, ahead in self.halves:
@@ -111,7 +111,7 @@ def vector_in_chunk(g: Float[Array, "*N C K"]) -> VectorInChunk:
     g = _blocks(g, small)
     index = jnp.arange(small)
     row, column = index[:, None, None], index[:, None]
-    sums = jnp.cumsum(jnp.where(row > column, g[..., None, :], 0), axis=-3)
+    sums = jnp.cumsum(jnp.where(row > column, widen(g, small, -2), 0), axis=-3)
     direct = jnp.where(row >= column, jnp.exp(sums), 0)
 
     halves = []

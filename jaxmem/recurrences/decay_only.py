@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxmem.algebra import affine
 from jaxmem.recurrences.call import Options, call, repeat_heads
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array, Float
 
 Outputs = tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from jaxmem.algebra import affine
 from jaxmem.recurrences.call import Options, call, repeat_heads
-from jaxmem.recurrences.engine import Erase, Streams
+from jaxmem.recurrences.products import widen
+from jaxmem.recurrences.streams import Erase, Streams
 from jaxmem.typing import Array, Float
 
 Outputs = tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]
@@ -71,7 +72,7 @@ def gated_delta_rule(
 
 def gated_delta_streams(q: Array, k: Array, v: Array, g: Array, beta: Array, *, scale: float) -> Streams:
     q, k = repeat_heads(q, v), repeat_heads(k, v)
-    return Streams(scale * q, k, beta[..., None] * v, affine.Scalar(g), Erase(beta[..., None] * k))
+    return Streams(scale * q, k, _scaled(beta, v), affine.Scalar(g), Erase(_scaled(beta, k)))
 
 
 def kimi_delta_attention(
@@ -91,7 +92,7 @@ def kimi_delta_attention(
 
 def kimi_delta_streams(q: Array, k: Array, v: Array, g: Array, beta: Array, *, scale: float) -> Streams:
     q, k = repeat_heads(q, v), repeat_heads(k, v)
-    return Streams(scale * q, k, beta[..., None] * v, affine.Vector(g), Erase(beta[..., None] * k))
+    return Streams(scale * q, k, _scaled(beta, v), affine.Vector(g), Erase(_scaled(beta, k)))
 
 
 def gated_delta_product(
@@ -158,7 +159,7 @@ def comba(
 
 def comba_streams(q: Array, k: Array, v: Array, p: Array, g: Array, beta: Array, *, scale: float) -> Streams:
     q, k, p = (repeat_heads(x, v) for x in (q, k, p))
-    return Streams(scale * q, k, beta[..., None] * v, affine.Scalar(g), Erase(undecayed=beta[..., None] * p))
+    return Streams(scale * q, k, _scaled(beta, v), affine.Scalar(g), Erase(undecayed=_scaled(beta, p)))
 
 
 def dplr(
@@ -192,3 +193,7 @@ def rwkv7(
 ) -> Outputs:
     """RWKV-7: `dplr` in its own names, r for q and log-decay w = -e^{-0.5} sigmoid(.), with scale 1."""
     return dplr(r, k, v, a, b, w, state, **{"scale": 1.0} | options)
+
+
+def _scaled(beta: Float[Array, "*tokens H"], x: Float[Array, "*tokens H K"]) -> Float[Array, "*tokens H K"]:
+    return widen(beta, x.shape[-1]) * x

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from jaxmem.algebra import affine
 from jaxmem.recurrences.call import Options, call_by_channel
-from jaxmem.recurrences.engine import Streams
+from jaxmem.recurrences.products import for_tokens, widen
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array, Bool, Float
 
 GATE_POWER = 8.0
@@ -68,7 +69,7 @@ def rg_lru(
     rate = -GATE_POWER * jax.nn.softplus(lam)
 
     def streams(x: Array, r: Array, i: Array, first: Array, *, scale: float) -> Streams:
-        return rg_lru_streams(x, r * rate, i, first, scale=scale)
+        return rg_lru_streams(x, r * for_tokens(rate, r.shape[:-1]), i, first, scale=scale)
 
     return call_by_channel("rg_lru", streams, arrays, x, state, **options)
 
@@ -116,5 +117,5 @@ def selective_scan(
 
 
 def selective_streams(x: Array, dt: Array, a: Array, b: Array, c: Array) -> Streams:
-    decay = affine.Elementwise((dt[..., None] * a)[..., None])
-    return Streams(c[..., None, :], b[..., None, :], (dt * x)[..., None], decay)
+    g = widen(dt, a.shape[-1]) * for_tokens(a, dt.shape[:-1])
+    return Streams(c[..., None, :], widen(b, x.shape[-1], -2), (dt * x)[..., None], affine.Elementwise(g[..., None]))

@@ -25,60 +25,22 @@ section 3 (UT transform); Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464, equat
 """
 
 import functools
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxmem.algebra import affine
-from jaxmem.recurrences.chunk_decays import in_chunk
-from jaxmem.recurrences.invariant import Invariant, Through, invariant_chunks
-from jaxmem.recurrences.products import dot, linear_scan
-from jaxmem.recurrences.triangular import unit_lower_inverse
+from jaxmem.recurrences.chunk import Prepared, hand_on, prepare
+from jaxmem.recurrences.invariant import Invariant
+from jaxmem.recurrences.streams import Documents, MakeStreams, make_streams, step
 from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, spread_like
-from jaxmem.typing import Array, Bool, Float, Int, PyTree, Shaped
+from jaxmem.typing import Array, Int, PyTree, Shaped
 
 Implementation = Literal["reference", "xla"]
 
 GROUP_CHUNKS = 16
 """Chunks worked on at once, and recomputed at once in the backward pass: as many as stay in a CPU's cache."""
-
-
-class Erase(NamedTuple):
-    """What is read from the state before a token, and erased: one of the two e, and b."""
-
-    decayed: Float[Array, "*tokens H K"] | None = None
-    """e that reads the state behind its decay, D_t S_{t-1}."""
-    undecayed: Float[Array, "*tokens H K"] | None = None
-    """e that reads S_{t-1}."""
-    at: Float[Array, "*tokens H K"] | None = None
-    """b, where it is erased; None: at k."""
-
-
-class Streams(NamedTuple):
-    """The recurrence's inputs, token by token, in fp32."""
-
-    q: Shaped[Array, "*tokens H K"]
-    k: Shaped[Array, "*tokens H K"]
-    v: Shaped[Array, "*tokens H V"]
-    decay: affine.Scalar | affine.Vector | affine.Elementwise | Invariant
-    """Log-decays g <= 0: [*tokens H], [*tokens H K] or [*tokens H K V], with the last, q and k may be one for all heads; or
-    one M for all tokens, and then q and k are one for all tokens, their dimensions of size 1."""
-    erase: Erase | None = None
-
-
-class Documents(NamedTuple):
-    """Which tokens start a document, so that the state before them is forgotten, and which are tokens at all."""
-
-    starts: Bool[Array, "B T"]
-    real: Bool[Array, "B T"]
-
-
-Powers = tuple[affine.Vector | affine.Matrix, ...]
-MakeStreams = Callable[[PyTree], Streams]
-"""Streams of a recurrence's own inputs; token by token, so that any leading dimensions will do. A recurrence of several
-steps per token (n_steps > 1) makes streams [*tokens n H ...], of which only the last step's q is read."""
 
 
 def recurrence(
@@ -116,17 +78,6 @@ def recurrence(
     return o[:, :n_tokens], memories[:, 0]
 
 
-def step(x: Streams, state: Shaped[Array, "*B H K V"]) -> tuple[Shaped[Array, "*B H V"], Shaped[Array, "*B H K V"]]:
-    """One token: the recurrence as it is written in the module docstring."""
-    write = lambda key, value: key[..., None] * value[..., None, :]
-    read = lambda query, state: dot("...k,...kv->...v", query, state)
-    after = x.decay.times(state) + write(x.k, x.v)
-    if x.erase is not None:
-        e = x.erase.undecayed if x.erase.decayed is None else x.decay.times(x.erase.decayed[..., None])[..., 0]
-        after -= write(x.k if x.erase.at is None else x.erase.at, read(e, state))
-    return read(x.q, after), after
-
-
 def steps(
     make: MakeStreams,
     inputs: PyTree,
@@ -137,7 +88,7 @@ def steps(
     """The recurrence token by token: the oracle, and decoding."""
 
     def body(state, token):
-        x = _streams(make, n_steps, *token)
+        x = make_streams(make, n_steps, *token)
         for i in range(n_steps):
             o, state = step(x if n_steps == 1 else jax.tree.map(lambda a, i=i: a[:, i], x), state)
         return state, o
@@ -168,10 +119,9 @@ def chunks(
         memories = affine.apply(prefix_fold(affine.combine, nothing, segment, axis), memories)
     chunk_tokens = jax.tree.leaves(inputs)[0].shape[1] // chunk_memory.shape[1]
 
-    def group(memories, x, visited):
-        chunk, powers, read = _prepare(x)
-        starts, written, memories = hand_on(chunk, powers, memories, visited)
-        o = read(starts, written)[..., n_steps - 1 : chunk_tokens * n_steps : n_steps, :]
+    def group(memories, x: Prepared, visited):
+        starts, written, memories = hand_on(x.chunk, x.powers, memories, visited)
+        o = x.read(starts, written)[..., n_steps - 1 : chunk_tokens * n_steps : n_steps, :]
         return memories, jnp.moveaxis(jnp.moveaxis(o, 0, 1), 2, 3)
 
     memories, o = _over_groups(group, spread(memories, axis), make, inputs, chunk_memory, n_steps, documents)
@@ -204,18 +154,17 @@ def segment_map(
     written = jnp.zeros((batch, n_memories, heads, key, value), dtype)
     nothing = affine.identity(kind, written.shape, dtype).M
 
-    def group(carry, x, visited):
-        memories, decay = carry
-        chunk, powers, _ = _prepare(x)
+    def group(carry, x: Prepared, visited):
+        (memories, decay), chunk = carry, x.chunk
         if mixes:
             wider = lambda a: None if a is None else jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, key)])
             chunk = chunk._replace(u=wider(chunk.u), extra=wider(chunk.extra))
         else:
-            g = _product(x).g  # [N B H ...]
+            g = x.product().g  # [N B H ...]
             mine = visited[..., None] == jnp.arange(n_memories)  # [N B M]
             mine = mine.reshape(*mine.shape, *[1] * (g.ndim - 2))
             decay = kind(decay.g + jnp.sum(jnp.where(mine, g[:, :, None], 0), axis=0))
-        return (hand_on(chunk, powers, memories, visited)[-1], decay), None
+        return (hand_on(chunk, x.powers, memories, visited)[-1], decay), None
 
     memories = jnp.concatenate([written, unit], axis=-1) if mixes else written
     carry = spread_like((memories, nothing), (inputs, chunk_memory))
@@ -223,16 +172,8 @@ def segment_map(
     return affine.Segment(affine.Matrix(memories[..., value:]) if mixes else decay, memories[..., :value])
 
 
-def _product(x: Streams) -> affine.Scalar | affine.Vector | affine.Elementwise:
-    """What the decays of all tokens of chunks [*N C ...] come to."""
-    if isinstance(x.decay, Invariant):
-        return x.decay.product(x.v.shape[-2])
-    kind = type(x.decay)
-    return kind(x.decay.g.sum(axis={affine.Scalar: -1, affine.Vector: -2, affine.Elementwise: -3}[kind]))
-
-
 def _over_groups(body, carry, make: MakeStreams, inputs: PyTree, chunk_memory: Array, n_steps: int, documents):
-    """body(carry, streams [N B H C ...], memories visited [N B]) -> (carry, result) over groups of N chunks, in order."""
+    """body(carry, N prepared chunks, memories visited [N B]) -> (carry, result) over groups of chunks, in order."""
     n_tokens = jax.tree.leaves(inputs)[0].shape[1]
     n_chunks = chunk_memory.shape[1]
     per_group = min(n_chunks, min(range(GROUP_CHUNKS, GROUP_CHUNKS // 2, -1), key=lambda n: -n_chunks % n))
@@ -251,198 +192,10 @@ def _over_groups(body, carry, make: MakeStreams, inputs: PyTree, chunk_memory: A
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def group(carry, xs):
         inputs, documents, visited = xs
-        x = jax.tree.map(functools.partial(_by_head, n_steps=n_steps), _streams(make, n_steps, inputs, documents))
-        return body(carry, spread_like(x, x), visited.T)
+        return body(carry, prepare(make, inputs, documents, n_steps), visited.T)
 
     xs = *jax.tree.map(by_chunk, (inputs, documents)), grouped(chunk_memory, mode="edge")
     return jax.lax.scan(group, carry, xs)
-
-
-def _by_head(x: Array, n_steps: int) -> Array:
-    """[B N C H ...] as [N B H C ...]; steps of tokens [C n] become one dimension, filled up to a power of two with steps
-    that do nothing."""
-    if n_steps > 1:
-        x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
-        size = x.shape[2]
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, (1 << (size - 1).bit_length()) - size)] + [(0, 0)] * (x.ndim - 3))
-    return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
-
-
-def _streams(make: MakeStreams, n_steps: int, inputs: PyTree, documents: Documents | None) -> Streams:
-    x = make(inputs)
-    if documents is None:
-        return x
-    if n_steps > 1:
-        first = jnp.arange(n_steps) == 0
-        real = jnp.broadcast_to(documents.real[..., None], (*documents.real.shape, n_steps))
-        documents = Documents(documents.starts[..., None] & first, real)
-    return forget(x, documents)
-
-
-def forget(x: Streams, documents: Documents) -> Streams:
-    """The streams as documents have it: a start reads and keeps nothing of before, what is not a token does nothing."""
-    at = lambda flags, a: flags.reshape(*flags.shape, *[1] * (a.ndim - flags.ndim))
-    real = lambda a: jnp.where(at(documents.real, a), a, 0)
-    v = real(x.v)
-    if isinstance(x.decay, Invariant):
-        return x._replace(v=v, decay=Invariant(x.decay.M, *(flags[..., None] for flags in documents)))
-    g = x.decay.g
-    decay = type(x.decay)(jnp.where(at(documents.starts, g), -jnp.inf, real(g)))
-    erase = jax.tree.map(real, x.erase)
-    if erase is not None and erase.undecayed is not None:
-        e = erase.undecayed
-        erase = erase._replace(undecayed=jnp.where(at(documents.starts, e), 0, e))
-    return Streams(x.q, real(x.k), v, decay, erase)
-
-
-class Chunk(NamedTuple):
-    """What a chunk does with the state S that comes in: it writes U' = u - w S and leaves decay S + keys U' + extra."""
-
-    decay: Shaped[Array, "*N #K #V"] | Through
-    extra: Shaped[Array, "*N K V"] | None = None
-    """What it writes whatever comes in."""
-    u: Float[Array, "*N C V"] | None = None
-    w: Float[Array, "*N C K"] | None = None
-    keys: Float[Array, "*N K C"] | None = None
-    """Decayed to the end of the chunk."""
-
-
-Read = Callable[[Array, Array | None], Array]
-"""The outputs of chunks [*N C V], of the states that come in [*N K V] and of U' [*N C V]."""
-
-
-def _prepare(x: Streams) -> tuple[Chunk, Powers, Read]:
-    """What chunks [*N C ...] do with the state that comes in, by which powers, and how their outputs are read."""
-    if isinstance(x.decay, affine.Elementwise):
-        return _prepare_elementwise(x)
-    if isinstance(x.decay, Invariant):
-        return _prepare_invariant(x)
-    decays = in_chunk(x.decay)
-    from_state = decays.from_start(x.q)
-    if x.erase is None:
-        ((inside,),) = decays.overlaps([x.q], [x.k])
-        own = dot("...ij,...jv->...iv", inside, x.v)
-        chunk = Chunk(decays.through, extra=dot("...ck,...cv->...kv", decays.to_end(x.k), x.v))
-        return chunk, (), lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts)
-
-    e, b, early = x.erase.decayed, x.erase.at, x.erase.decayed is None
-    if (
-        early
-    ):  # e of token i reads behind token i - 1: it takes the place of that token's row, and its overlaps move back
-        e = jnp.concatenate([x.erase.undecayed[..., 1:, :], jnp.zeros_like(x.q[..., :1, :])], axis=-2)
-    behind = lambda rows, first: jnp.concatenate([first, rows[..., :-1, :]], axis=-2) if early else rows
-    e_from_state = behind(decays.from_start(e), x.erase.undecayed[..., :1, :] if early else None)
-    overlaps = lambda blocks: jnp.tril(behind(blocks, jnp.zeros_like(blocks[..., :1, :])), -1)
-    if b is None:
-        (erased,), (inside,) = decays.overlaps([e, x.q], [x.k])
-        keys, values, extra, own = x.k, x.v, None, 0
-    else:
-        (erased, read), (inside, own) = decays.overlaps([e, x.q], [b, x.k])
-        keys, values = b, -dot("...ij,...jv->...iv", overlaps(read), x.v)
-        extra = dot("...ck,...cv->...kv", decays.to_end(x.k), x.v)
-        own = dot("...ij,...jv->...iv", own, x.v)
-    solved = unit_lower_inverse(overlaps(erased))
-    solved = dot("...ij,...jv->...iv", solved, jnp.concatenate([values, e_from_state], axis=-1))
-    u, w = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
-
-    def read_outputs(starts, written):
-        return own + dot("...ck,...kv->...cv", from_state, starts) + dot("...ij,...jv->...iv", inside, written)
-
-    return Chunk(decays.through, extra, u, w, decays.to_end(keys).mT), (), read_outputs
-
-
-def _prepare_elementwise(x: Streams) -> tuple[Chunk, Powers, Read]:
-    """With a decay of its own for every entry, states are formed token by token: in all chunks at once, each from 0."""
-    time_first = lambda a: jnp.moveaxis(a, -3, 0)
-    g = time_first(x.decay.g)
-    own = linear_scan(g, time_first(x.k[..., None] * x.v[..., None, :]))
-    reached = jnp.exp(jnp.cumsum(g, axis=0))
-
-    def read_outputs(starts, _):
-        return jnp.sum(time_first(x.q[..., None]) * (own + reached * starts), axis=-2)
-
-    return Chunk(reached[-1], own[-1]), (), lambda *args: jnp.moveaxis(read_outputs(*args), 0, -2)
-
-
-def _prepare_invariant(x: Streams) -> tuple[Chunk, Powers, Read]:
-    decays = invariant_chunks(x.q, x.k, x.decay, x.v.shape[-2])
-    own = dot("...ij,...jv->...iv", decays.inside, x.v)
-    chunk = Chunk(decays.through, extra=dot("...kc,...cv->...kv", decays.writes, x.v))
-    return chunk, decays.powers, lambda starts, _: own + dot("...kc,...kv->...cv", decays.reads, starts)
-
-
-def _through(decay: Array | Through, powers: Powers, state: Shaped[Array, "*N K V"]) -> Shaped[Array, "*N K V"]:
-    return decay.times(powers, state) if isinstance(decay, Through) else decay * state
-
-
-@jax.custom_vjp
-def hand_on(
-    chunk: Chunk, powers: Powers, memories: Shaped[Array, "B M H K V"], visited: Int[Array, "N B"]
-) -> tuple[Shaped[Array, "N B H K V"], Float[Array, "N B H C V"] | None, Shaped[Array, "B M H K V"]]:
-    """All that has to happen in order: per chunk the state that comes in and U'; and the memories in the end.
-
-    Its backward pass goes through the chunks once more, with two products each; those of cotangents with states are formed
-    for all chunks at once.
-    """
-
-    def body(memories, inputs):
-        x, visited = inputs
-        start = _visit(memories, visited)
-        end, written = _through(x.decay, powers, start), None
-        if x.extra is not None:
-            end += x.extra
-        if x.w is not None:
-            written = x.u - dot("...ck,...kv->...cv", x.w, start)
-            end += dot("...kc,...cv->...kv", x.keys, written)
-        return _leave(memories, visited, end), (start, written)
-
-    memories, (starts, written) = jax.lax.scan(body, memories, (chunk, visited))
-    return starts, written, memories
-
-
-def _hand_on_forward(chunk, powers, memories, visited):
-    starts, written, memories = hand_on(chunk, powers, memories, visited)
-    return (starts, written, memories), (chunk, powers, starts, written, visited)
-
-
-def _hand_on_backward(saved, cotangents):
-    chunk, powers, starts, written, visited = saved
-    d_starts, d_written, d_memories = cotangents
-
-    def body(d_memories, inputs):
-        x, d_start, d_written, visited = inputs
-        d_end = _visit(d_memories, visited)
-        d_start += jax.linear_transpose(functools.partial(_through, x.decay, powers), d_start)(d_end)[0]
-        if x.w is not None:
-            d_written += dot("...ck,...kv->...cv", x.keys, d_end)
-            d_start -= dot("...kc,...cv->...kv", x.w, d_written)
-        return _leave(d_memories, visited, d_start), (d_written, d_end)
-
-    turned = chunk if chunk.w is None else chunk._replace(w=chunk.w.mT, keys=chunk.keys.mT)
-    d_memories, (d_written, d_ends) = jax.lax.scan(
-        body, d_memories, (turned, d_starts, d_written, visited), reverse=True
-    )
-    _, pull = jax.vjp(lambda decay, powers: _through(decay, powers, starts), chunk.decay, powers)
-    d_decay, d_powers = pull(d_ends)
-    d_chunk = Chunk(d_decay, None if chunk.extra is None else d_ends)
-    if chunk.w is not None:
-        d_chunk = d_chunk._replace(
-            u=d_written,
-            w=-dot("...cv,...kv->...ck", d_written, starts),
-            keys=dot("...kv,...cv->...kc", d_ends, written),
-        )
-    return d_chunk, d_powers, d_memories, None
-
-
-hand_on.defvjp(_hand_on_forward, _hand_on_backward)
-
-
-def _visit(memories: Shaped[Array, "B M H K V"], visited: Int[Array, "B"]) -> Shaped[Array, "B H K V"]:
-    return memories[:, 0] if memories.shape[1] == 1 else memories[jnp.arange(memories.shape[0]), visited]
-
-
-def _leave(memories: Array, visited: Array, state: Array) -> Array:
-    return state[:, None] if memories.shape[1] == 1 else memories.at[jnp.arange(memories.shape[0]), visited].set(state)
 
 
 def _pad(x: Array, n_tokens: int) -> Array:

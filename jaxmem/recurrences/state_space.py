@@ -21,9 +21,9 @@ import numpy as np
 
 from jaxmem.algebra import affine
 from jaxmem.recurrences.call import Options, call_by_channel, known
-from jaxmem.recurrences.engine import Streams
 from jaxmem.recurrences.invariant import Invariant
 from jaxmem.recurrences.products import dot
+from jaxmem.recurrences.streams import Streams
 from jaxmem.recurrences.triangular import unit_lower_inverse
 from jaxmem.typing import Array, Complex, Float
 

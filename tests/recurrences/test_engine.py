@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxmem.recurrences.chunk_decays import scalar_in_chunk, vector_in_chunk
 from jaxmem.recurrences.delta import gated_delta_rule, gated_delta_streams
 from jaxmem.recurrences.engine import chunks
-from jaxmem.recurrences.products import linear_scan
+from jaxmem.recurrences.products import add_up, widen
 from jaxmem.recurrences.triangular import unit_lower_inverse
 
 B, T, H, K, V = 2, 37, 2, 8, 12
@@ -157,22 +157,13 @@ def test_decays_in_a_chunk_are_sums_of_what_lies_between():
         np.testing.assert_allclose(np.squeeze(decays.through[:, :1], (1, 2)), np.exp(g.sum(-1)), rtol=1e-5, atol=1e-30)
 
 
-def test_linear_scan_and_its_gradient_against_a_loop():
-    rng = np.random.default_rng(0)
-    g, x, weight = -rng.exponential(size=(9, 2, 1)), rng.normal(size=(9, 2, 3)), rng.normal(size=(9, 2, 3))
-    g[4] = -np.inf
-
-    def loop(g, x):
-        h = [x[0]]
-        for t in range(1, 9):
-            h.append(jnp.exp(g[t]) * h[-1] + x[t])
-        return jnp.stack(h)
-
-    single = tuple(a.astype(np.float32) for a in (g, x))
-    got = outputs_and_gradients(linear_scan, single, weight.astype(np.float32))
-    with jax.enable_x64(True):
-        want = jax.device_get(outputs_and_gradients(loop, (g, x), weight))
-    assert max(jax.tree.leaves(jax.tree.map(relative_rms, got, want))) < 1e-6
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_sums_and_broadcasts_that_are_products(axis):
+    x, weight = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 5)), jnp.float32)
+    np.testing.assert_allclose(add_up(x, axis), np.sum(x, axis), rtol=1e-6, atol=1e-6)
+    wide, pull = jax.vjp(lambda row: widen(row, x.shape[axis], axis), jnp.sum(x, axis))
+    np.testing.assert_array_equal(wide, np.broadcast_to(np.sum(x, axis, keepdims=True), x.shape))
+    np.testing.assert_allclose(pull(weight)[0], np.sum(weight, axis), rtol=1e-6, atol=1e-6)
 
 
 def test_chunks_of_several_memories_are_folded_each_into_its_own():
