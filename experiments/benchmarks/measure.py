@@ -11,14 +11,17 @@ import jax
 
 
 def interleaved_ms(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each function, run in turns so that noise meets all alike; the first turn is not counted."""
+    """Median milliseconds of each function, run in turns so that noise meets all alike.
+
+    Each is called once more before it is timed: what ran before it may have emptied caches and given memory back.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, function in functions.items():
+            jax.block_until_ready(function())
             began = time.perf_counter()
             jax.block_until_ready(function())
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - began))
+            times[name].append(1e3 * (time.perf_counter() - began))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

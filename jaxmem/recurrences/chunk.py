@@ -65,7 +65,7 @@ def _prepare_products(x: Streams) -> Prepared:
     if x.erase is None:
         ((inside,),) = decays.overlaps([x.q], [x.k])
         own = dot("...ij,...jv->...iv", inside, x.v)
-        chunk = Chunk(decays.through, extra=dot("...ck,...cv->...kv", decays.to_end(x.k), x.v))
+        chunk = Chunk(decays.through, extra=dot("...kc,...cv->...kv", decays.to_end(x.k), x.v))
         return Prepared(chunk, lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts), product)
 
     e, b, early = x.erase.decayed, x.erase.at, x.erase.decayed is None
@@ -82,7 +82,7 @@ def _prepare_products(x: Streams) -> Prepared:
     else:
         (erased, read), (inside, own) = decays.overlaps([e, x.q], [b, x.k])
         keys, values = b, -dot("...ij,...jv->...iv", overlaps(read), x.v)
-        extra = dot("...ck,...cv->...kv", decays.to_end(x.k), x.v)
+        extra = dot("...kc,...cv->...kv", decays.to_end(x.k), x.v)
         own = dot("...ij,...jv->...iv", own, x.v)
     solved = unit_lower_inverse(overlaps(erased))
     solved = dot("...ij,...jv->...iv", solved, jnp.concatenate([values, e_from_state], axis=-1))
@@ -91,7 +91,7 @@ def _prepare_products(x: Streams) -> Prepared:
     def read_outputs(starts, written):
         return own + dot("...ck,...kv->...cv", from_state, starts) + dot("...ij,...jv->...iv", inside, written)
 
-    return Prepared(Chunk(decays.through, extra, u, w, decays.to_end(keys).mT), read_outputs, product)
+    return Prepared(Chunk(decays.through, extra, u, w, decays.to_end(keys)), read_outputs, product)
 
 
 def _prepare_elementwise(make: MakeStreams, inputs: PyTree, documents: Documents | None) -> Prepared:

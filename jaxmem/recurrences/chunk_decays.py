@@ -40,8 +40,8 @@ class ScalarInChunk(NamedTuple):
     def from_start(self, rows: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
         return widen(self.before, rows.shape[-1]) * rows
 
-    def to_end(self, columns: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
-        return widen(self.between[..., -1, :], columns.shape[-1]) * columns
+    def to_end(self, columns: Float[Array, "*N C K"]) -> Float[Array, "*N K C"]:
+        return widen(self.between[..., -1, :], columns.shape[-1], -2) * columns.mT
 
     def overlaps(self, rows: list[Array], columns: list[Array]) -> list[list[Float[Array, "*N C C"]]]:
         """rows_i^T D_ij columns_j, of every one of the rows [*N C K] with every one of the columns [*N C K]."""
@@ -83,8 +83,8 @@ class VectorInChunk(NamedTuple):
     def from_start(self, rows: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
         return self.before * rows
 
-    def to_end(self, columns: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
-        return self.after * columns
+    def to_end(self, columns: Float[Array, "*N C K"]) -> Float[Array, "*N K C"]:
+        return self.after.mT * columns.mT
 
     def overlaps(self, rows: list[Array], columns: list[Array]) -> list[list[Float[Array, "*N C C"]]]:
         """rows_i^T D_ij columns_j, of every one of the rows [*N C K] with every one of the columns [*N C K]."""

@@ -183,15 +183,15 @@ def _over_groups(body, carry, make: MakeStreams, inputs: PyTree, chunk_memory: A
 
     def grouped(a: Array, **how: str) -> Array:  # [B, chunks, ...] -> [groups, B, N, ...]
         a = jnp.pad(a, [(0, 0), (0, idle)] + [(0, 0)] * (a.ndim - 2), **how)
-        if a.shape[0] == 1:  # nothing to move, but XLA would copy
-            return a.reshape(-1, 1, per_group, *a.shape[2:])
+        if a.shape[0] == 1:  # without a dimension of size 1, which XLA would copy everything to move
+            return a.reshape(-1, per_group, *a.shape[2:])
         return jnp.moveaxis(a.reshape(a.shape[0], -1, per_group, *a.shape[2:]), 1, 0)
 
     by_chunk = lambda a: grouped(a.reshape(a.shape[0], n_chunks, -1, *a.shape[2:]))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def group(carry, xs):
-        inputs, documents, visited = xs
+        inputs, documents, visited = jax.tree.map(lambda a: a[None], xs) if chunk_memory.shape[0] == 1 else xs
         return body(carry, prepare(make, inputs, documents, n_steps), visited.T)
 
     xs = *jax.tree.map(by_chunk, (inputs, documents)), grouped(chunk_memory, mode="edge")

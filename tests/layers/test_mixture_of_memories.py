@@ -15,8 +15,14 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 
-from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
+from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig, GatedDeltaProductConfig
+from jaxmem.layers.griffin import GriffinConfig
+from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
+from jaxmem.layers.linear_attention import RetNetConfig
+from jaxmem.layers.mamba import MambaConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig, RouterUse, load_balancing_loss, route
+from jaxmem.layers.rwkv7 import Rwkv7Config
+from jaxmem.layers.state_space import LinearStateSpaceConfig
 
 B, T, D = 2, 13, 8
 INNER = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, convolution_width=3, chunk_tokens=8)
@@ -125,15 +131,32 @@ def test_values_and_gradients_against_the_equations(name):
     assert max(jax.tree.leaves(errors)) < 1e-5, errors
 
 
-def test_one_memory_is_the_recurrence_inside():
-    config = dataclasses.replace(PUBLISHED, n_memories=1, top_k=1, shared_memory=False)
+INSIDE = {
+    "gated delta net": INNER,
+    "gated delta product": GatedDeltaProductConfig(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8),
+    "kimi": KimiDeltaAttentionConfig(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8),
+    "rwkv7": Rwkv7Config(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8, decay_rank=3, strength_rank=3, gate_rank=3),
+    "retnet": RetNetConfig(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8),
+    "mamba": MambaConfig(n_channels=6, n_states=3, dt_rank=2, chunk_tokens=8),
+    "griffin": GriffinConfig(n_heads=2, head_dim=4, chunk_tokens=8),
+    "linear state space": LinearStateSpaceConfig(n_channels=D, n_states=6, chunk_tokens=8),
+}
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [pytest.param(c, id=n, marks=() if n == "gated delta net" else pytest.mark.slow) for n, c in INSIDE.items()],
+)
+def test_one_memory_is_the_recurrence_inside(inner):
+    config = MixtureOfMemoriesConfig(inner, n_memories=1, top_k=1, shared_memory=False)
 
     @program
     def both(x):
-        mixture, one = (c.make(D, rngs=nnx.Rngs(0)) for c in (config, config.inner))
-        for name, weight in one.projections.weight.items():
-            mine = mixture.projections.weight[name][...]
-            weight[...] = mine[0] if mixture.projections.is_per_memory(name) else mine
+        mixture, one = (c.make(D, rngs=nnx.Rngs(0)) for c in (config, inner))
+        for kind in ("weight", "down", "bias", "mix"):
+            for name, parameter in getattr(one.projections, kind).items():
+                mine = getattr(mixture.projections, kind)[name][...]
+                parameter[...] = mine[0] if mine.ndim > parameter[...].ndim else mine
         one.taps, one.parameters, one.output = mixture.taps, mixture.parameters, mixture.output
         ids = jnp.array([[1] * 5 + [2] * 8, [1] * 9 + [2] * 2 + [0] * 2])
         return mixture(x, segment_ids=ids), one(x, segment_ids=ids)

@@ -153,7 +153,7 @@ def test_decays_in_a_chunk_are_sums_of_what_lies_between():
         ((got,),) = decays.overlaps([ones], [ones])
         np.testing.assert_allclose(got, columns * want, rtol=1e-5, atol=1e-30)
         np.testing.assert_allclose(decays.from_start(ones)[..., 0], np.exp(np.cumsum(g, -1)), rtol=1e-5, atol=1e-30)
-        np.testing.assert_allclose(decays.to_end(ones)[..., 0], want[:, -1], rtol=1e-5, atol=1e-30)
+        np.testing.assert_allclose(decays.to_end(ones)[..., 0, :], want[:, -1], rtol=1e-5, atol=1e-30)
         np.testing.assert_allclose(np.squeeze(decays.through[:, :1], (1, 2)), np.exp(g.sum(-1)), rtol=1e-5, atol=1e-30)
 
 
