@@ -52,7 +52,7 @@ class Options:
     """Of elementwise recurrences."""
     state_dim: int = 16
     """Of each of these channels, in selective_scan, state_space and linear_state_space."""
-    chunk_tokens: tuple[int, ...] = (64,)
+    chunk_tokens: tuple[int, ...] = (32,)
     """The first is the other code's too."""
     repeats: int = 5
     long: bool = False

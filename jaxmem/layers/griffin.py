@@ -27,7 +27,7 @@ class GriffinConfig(RecurrentConfig):
     n_heads: int = 8
     head_dim: int = 128
     convolution_width: int = 4
-    chunk_tokens: int = 64
+    chunk_tokens: int = 32
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

@@ -29,7 +29,7 @@ class HgrnConfig(RecurrentConfig):
     n_channels: int = 1024
     lower_bound: float = 0.0
     convolution_width: int = 0
-    chunk_tokens: int = 64
+    chunk_tokens: int = 32
     norm_eps: float = 1e-6
 
     def __post_init__(self):

@@ -48,7 +48,7 @@ class MambaConfig(RecurrentConfig):
     dt_rank: int | None = None
     """Of the projection to step sizes; None: n_channels / 32, rounded up."""
     convolution_width: int = 4
-    chunk_tokens: int = 64
+    chunk_tokens: int = 32
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

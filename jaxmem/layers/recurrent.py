@@ -139,7 +139,7 @@ class HeadsConfig(RecurrentConfig):
     """Heads of q and k, each serving n_heads / n_key_heads of v; None: as many."""
     convolution_width: int = 4
     """Of the filters of q, k and v; 0: none."""
-    chunk_tokens: int = 64
+    chunk_tokens: int = 32
     norm_eps: float = 1e-6
 
     def __post_init__(self):

@@ -35,7 +35,7 @@ class StateSpaceConfig(RecurrentConfig):
     """The model's width."""
     n_states: int = 64
     """N; of S4D, even."""
-    chunk_tokens: int = 64
+    chunk_tokens: int = 32
 
     convolution_width: ClassVar[int] = 0
     is_complex: ClassVar[bool] = True

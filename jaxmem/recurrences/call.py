@@ -12,7 +12,8 @@ from jaxmem.recurrences.engine import Implementation, recurrence
 from jaxmem.recurrences.streams import Documents, Streams
 from jaxmem.typing import Array, DTypeLike, Int
 
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 32
+"""Measured on a CPU (experiments/benchmarks/recurrences.py); on a TPU 64 or 128 move fewer bytes, by its compiler's count."""
 
 
 class Options(TypedDict, total=False):
@@ -24,7 +25,7 @@ class Options(TypedDict, total=False):
     """Documents 1, 2, 3, ..., never decreasing along a row; each starts from nothing but the first, which continues
     `state`. 0 is padding at the end of a row: passed over, with o = 0. Default: one document."""
     chunk_tokens: int
-    """C, a power of two from 8; default 64."""
+    """C, a power of two from 8; default 32."""
     implementation: Implementation | None
     """"reference" steps token by token; "xla" works in chunks; default: steps for T == 1, else chunks."""
 

@@ -50,7 +50,7 @@ def recurrence(
     *,
     n_steps: int = 1,
     documents: Documents | None = None,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = 32,
     implementation: Implementation | None = None,
 ) -> tuple[Shaped[Array, "B T H V"], Shaped[Array, "B H K V"]]:
     """o and the final state of the recurrence that `make(inputs)` describes.
