@@ -2,6 +2,7 @@
 
     python experiments/benchmarks/recurrences.py [--only rwkv7 hgrn] [--chunk-tokens 32 64] [--tokens 4096]
     python experiments/benchmarks/recurrences.py --long
+    python experiments/benchmarks/recurrences.py --compile-for v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1
 
 "steps" is each recurrence's own step-by-step scan, whose outputs all others have to match before they are timed; backward
 goes to every input. Beside them, where installed, other code for the same mathematics, none of it needed:
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.experimental import topologies
 from measure import interleaved_ms, peak_mib, where
 
 from jaxmem.recurrences import decay_only, delta, elementwise, state_space
@@ -56,7 +58,9 @@ class Options:
     """The first is the other code's too."""
     repeats: int = 5
     long: bool = False
-    """Instead of the table, the gated delta rule of 65,536 tokens in a process of its own, for its peak memory."""
+    """Instead of the table, 65,536 tokens of the gated delta rule, K = V = 64, in a process of its own, for its memory."""
+    compile_for: tuple[str, ...] = ()
+    """Instead of the table, forward + backward of all compiled for TPUs that need not be there (with libtpu installed)."""
 
 
 def cases(o: Options) -> dict[Callable, Callable[[], tuple[jax.Array, ...]]]:
@@ -204,8 +208,8 @@ def compare(f: Callable, arrays: tuple[jax.Array, ...], o: Options, others: Othe
 
 
 def long_run(o: Options) -> str:
-    """Forward + backward of the gated delta rule, in a process that has done nothing else."""
-    o, f = dataclasses.replace(o, tokens=LONG_TOKENS), delta.gated_delta_rule
+    """Forward + backward of the gated delta rule with K = V = 64, in a process that has done nothing else."""
+    o, f = dataclasses.replace(o, tokens=LONG_TOKENS, key_dim=64, value_dim=64), delta.gated_delta_rule
     arrays = cases(o)[f]()
     began = time.perf_counter()
     run, mib = jax_pass(lambda *args: f(*args, chunk_tokens=o.chunk_tokens[0])[0], arrays, True)
@@ -217,6 +221,17 @@ def long_run(o: Options) -> str:
     )
 
 
+def compile_for(topology: str, f: Callable, arrays: tuple[jax.Array, ...]) -> str:
+    """One line on forward + backward as one device of a TPU topology would run it."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    there = jax.sharding.SingleDeviceSharding(device)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in arrays)
+    gradients = jax.grad(lambda *args: jnp.sum(f(*args)[0] ** 2), argnums=tuple(range(len(arrays))))
+    began = time.perf_counter()
+    mib = jax.jit(gradients).lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 2**20
+    return f"{topology:12}{f.__name__:24}{mib:8.0f} MiB of temporaries, compiled in {time.perf_counter() - began:.0f} s"
+
+
 def main(o: Options) -> None:
     print(where())
     print(o)
@@ -226,6 +241,11 @@ def main(o: Options) -> None:
     drawn = {f: draw for f, draw in cases(o).items() if not o.only or f.__name__ in o.only}
     if unknown := set(o.only) - {f.__name__ for f in drawn}:
         raise ValueError(f"--only: no such recurrence: {', '.join(sorted(unknown))}")
+    for topology in o.compile_for:
+        for f, draw in drawn.items():
+            print(compile_for(topology, f, draw()), flush=True)
+    if o.compile_for:
+        return
     others = installed(o.chunk_tokens[0])
     print(f"\n{'':30}{'forward':>21}{'forward + backward':>30}")
     print(f"{'':20}{'error':>10}" + f"{'ms':>12}{'steps /':>10}{'MiB':>8}" * 2)

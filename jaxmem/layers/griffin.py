@@ -8,6 +8,7 @@ Reference: De et al. 2024, arXiv 2402.19427, section 2.4, with the blocks of the
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ class GriffinConfig(RecurrentConfig):
     head_dim: int = 128
     convolution_width: int = 4
     chunk_tokens: int = 32
+
+    is_elementwise: ClassVar[bool] = True
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ layers together; here each layer is given its own.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ class HgrnConfig(RecurrentConfig):
     convolution_width: int = 0
     chunk_tokens: int = 32
     norm_eps: float = 1e-6
+
+    is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,6 +61,8 @@ class Hgrn2Config(HeadsConfig):
 
     convolution_width: int = 0
     lower_bound: float = 0.0
+
+    is_per_channel: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,6 +10,7 @@ References: Kimi Team 2025, arXiv 2510.26692; GDN-2 as in flash-linear-attention
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ class KimiDeltaAttentionConfig(DeltaNetConfig):
     gate_bias: bool = True
     """Of the output's gate, as in flash-linear-attention; False: none, as in Kimi-Linear-48B."""
     norm_eps: float = 1e-5
+
+    is_per_channel: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,7 +14,7 @@ References: Katharopoulos et al. 2020, arXiv 2006.16236; Sun et al. 2023, arXiv 
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,8 @@ class GatedLinearAttentionConfig(HeadsConfig):
 
     convolution_width: int = 0
     gate_rank: int = 16
+
+    is_per_channel: ClassVar[bool] = True
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         return super().projections(d_model) | {"decay": self.per_key(rank=self.gate_rank)}

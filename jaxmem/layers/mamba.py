@@ -7,13 +7,14 @@
 
 Mamba-2's norm is over the heads that share B and C.
 
-Cost: see `recurrent`; Mamba's state is N numbers per channel, and its scan about 9 N FLOPs per channel and token.
+Cost: see `recurrent`; Mamba's state is N numbers per channel, and its scan 13 N FLOPs per channel and token.
 References: Gu and Dao 2023, arXiv 2312.00752; Dao and Gu 2024, arXiv 2405.21060. Published projections are fused into one
 matrix; here each has its own.
 """
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,8 @@ class MambaConfig(RecurrentConfig):
     """Of the projection to step sizes; None: n_channels / 32, rounded up."""
     convolution_width: int = 4
     chunk_tokens: int = 32
+
+    is_elementwise: ClassVar[bool] = True
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -91,10 +94,6 @@ class MambaConfig(RecurrentConfig):
 
     def output(self, d_model: int, *, rngs: nnx.Rngs) -> GatedOutput:
         return GatedOutput(d_model, self.n_channels, 1, norm=None, rngs=rngs)
-
-    def mixing_flops(self, d_model: int, context_tokens: int) -> int:
-        """Forward FLOPs per token of the scan and of the projections of its inputs, which are not 2 x parameters each."""
-        return 9 * self.n_channels * self.n_states
 
 
 @dataclasses.dataclass(frozen=True)

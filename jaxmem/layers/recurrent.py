@@ -21,7 +21,7 @@ from flax import nnx
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
 from jaxmem.recurrences.call import require_chunk
-from jaxmem.recurrences.engine import recurrence, recurrence_flops
+from jaxmem.recurrences.engine import ELEMENTWISE_FLOPS, recurrence, recurrence_flops
 from jaxmem.recurrences.streams import Documents, Streams
 from jaxmem.sharding import constrain, einsum, local, param
 from jaxmem.sharding.rules import Axes
@@ -73,6 +73,10 @@ class RecurrentConfig(abc.ABC):
     erases: ClassVar[Literal["nothing", "at k", "at b"]] = "nothing"
     """What the recurrence erases, for counting FLOPs."""
     is_complex: ClassVar[bool] = False
+    is_per_channel: ClassVar[bool] = False
+    """Whether every key channel decays on its own, for counting FLOPs."""
+    is_elementwise: ClassVar[bool] = False
+    """Whether every number of the state decays on its own, for counting FLOPs."""
 
     def __post_init__(self):
         require_chunk(type(self).__name__, self.chunk_tokens)
@@ -122,8 +126,10 @@ class RecurrentConfig(abc.ABC):
     def mixing_flops(self, d_model: int, context_tokens: int) -> int:
         """Forward FLOPs per token of the recurrence; the convolution costs 2 x its parameters."""
         heads, key, value = self.state_shape
+        if self.is_elementwise:
+            return ELEMENTWISE_FLOPS * heads * key * value
         chunk = min(self.chunk_tokens, context_tokens) * self.n_steps
-        return heads * self.n_steps * recurrence_flops(key, value, chunk, self.erases)
+        return heads * self.n_steps * recurrence_flops(key, value, chunk, self.erases, self.is_per_channel)
 
 
 @dataclasses.dataclass(frozen=True)

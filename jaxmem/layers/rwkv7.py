@@ -37,6 +37,7 @@ class Rwkv7Config(HeadsConfig):
     gate_rank: int = 128
 
     erases: ClassVar[Literal["nothing", "at k", "at b"]] = "at b"
+    is_per_channel: ClassVar[bool] = True
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         shifted = {

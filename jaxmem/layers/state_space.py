@@ -40,6 +40,14 @@ class StateSpaceConfig(RecurrentConfig):
     convolution_width: ClassVar[int] = 0
     is_complex: ClassVar[bool] = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.is_complex and self.n_states % 2:
+            raise ValueError(
+                f"{type(self).__name__}: needs an even n_states, got n_states={self.n_states}; a complex number of the state "
+                "stands for two"
+            )
+
     @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.n_channels, self.n_states // 2, 1

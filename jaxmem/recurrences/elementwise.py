@@ -9,7 +9,7 @@
 In the engine's terms every channel is a head of its own, with a state [N 1] or [1 1]. All take `state`, None for zero,
 and the `Options` of `call` but scale; they return y in x.dtype and the final state in fp32.
 
-Cost per token: about 6 FLOPs per number of the state. State: D or N D floats.
+Cost per token: 13 FLOPs per number of the state. State: D or N D floats.
 """
 
 from typing import Unpack

@@ -202,12 +202,22 @@ def _pad(x: Array, n_tokens: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, n_tokens)] + [(0, 0)] * (x.ndim - 2))
 
 
+ELEMENTWISE_FLOPS = 13
+"""Per number of the state and token, with a decay of its own for every entry: two passes, an exponential counted as one."""
+
+
 def recurrence_flops(
-    key_dim: int, value_dim: int, chunk_tokens: int, erases: Literal["nothing", "at k", "at b"] = "at k"
+    key_dim: int,
+    value_dim: int,
+    chunk_tokens: int,
+    erases: Literal["nothing", "at k", "at b"] = "at k",
+    per_channel: bool = False,
 ) -> int:
-    """Forward FLOPs per step and head in chunks, the inverse of [C, C] counted as 2 C^2 per step."""
+    """Forward FLOPs per step and head in chunks, the inverse of [C, C] counted as 2 C^2 per step; decays per channel leave
+    out half of each triangle."""
     c, key, value = chunk_tokens, key_dim, value_dim
+    overlap = (c + 2) * key if per_channel else 2 * c * key
     if erases == "nothing":
-        return 2 * c * (key + value) + 4 * key * value
-    delta_rule = 2 * c * (2 * key + (key + value) + value) + 2 * c * c + 6 * key * value
-    return delta_rule + (2 * c * (2 * key + 2 * value) + 2 * key * value if erases == "at b" else 0)
+        return overlap + 2 * c * value + 4 * key * value
+    delta_rule = 2 * overlap + 2 * c * (key + 2 * value) + 2 * c * c + 6 * key * value
+    return delta_rule + (2 * overlap + 4 * c * value + 2 * key * value if erases == "at b" else 0)

@@ -11,7 +11,12 @@ from flax import nnx
 
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
+from jaxmem.layers.hgrn import HgrnConfig
+from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
+from jaxmem.layers.linear_attention import SimpleGlaConfig
+from jaxmem.layers.mamba import MambaConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
+from jaxmem.layers.rwkv7 import Rwkv7Config
 from jaxmem.models.accounting import account, count_parameters, table
 from jaxmem.models.decoder import DecoderConfig
 
@@ -27,6 +32,9 @@ PATTERNS = {
     "gated delta net": (GDN,),
     "mixture": (MOM,),
     "mixture, one kv": (MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 64, 64), single_kv=True, shared_memory=False),),
+    "simple gla": (SimpleGlaConfig(4, 64, 64),),
+    "kimi": (KimiDeltaAttentionConfig(4, 64, 64),),
+    "rwkv7": (Rwkv7Config(4, 64, 64),),
     "hybrid": (MOM, FULL, GDN, WINDOW),
 }
 
@@ -157,3 +165,8 @@ def test_the_table_names_every_part(capsys):
         )
     for mixer, n_bytes in cost.state_bytes.items():
         assert f"{n_bytes:,}" in lines[f"state bytes: {mixer}"]
+
+
+def test_elementwise_recurrences_cost_their_numbers():
+    assert HgrnConfig(n_channels=6).mixing_flops(8, T) == 13 * 6
+    assert MambaConfig(n_channels=6, n_states=4).mixing_flops(8, T) == 13 * 6 * 4
