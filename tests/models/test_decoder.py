@@ -187,6 +187,7 @@ def test_the_head(tied):
     assert (0.5 < np.std(logits) < 2) != tied, "an untied head starts with logits of size 1, a tied one with small ones"
 
 
+@pytest.mark.slow
 def test_bf16_is_near_fp32_and_remembers_in_fp32():
     """All memories chosen: where rounding makes routers choose otherwise, values differ by any amount."""
     pattern = (dataclasses.replace(MIXERS[0], top_k=4), *MIXERS[1:])

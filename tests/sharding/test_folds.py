@@ -12,7 +12,12 @@ from flax import nnx
 from jaxmem.algebra import affine
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
+from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
+from jaxmem.layers.linear_attention import SimpleGlaConfig
+from jaxmem.layers.mamba import MambaConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
+from jaxmem.layers.rwkv7 import Rwkv7Config
+from jaxmem.layers.state_space import LinearStateSpaceConfig, StateSpaceConfig
 from jaxmem.sharding import MeshConfig, constrain, local, make_mesh, use_mesh
 from jaxmem.sharding.folds import halo, prefix_fold, sequence_axis
 
@@ -93,7 +98,8 @@ def exchanges(config, n_tokens):
     kinds = "collective-permute|all-reduce|all-gather|reduce-scatter|all-to-all"
     found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
     n_bytes = lambda shapes: sum(
-        4 * int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"[fs]32\[([0-9,]*)\]", shapes)
+        4 * int(np.prod([int(n) for n in dims.split(",") if n]))
+        for dims in re.findall(r"(?:[fs]32|c64)\[([0-9,]*)\]", shapes)
     )
     return sorted((kind, n_bytes(shapes)) for shapes, kind in found)
 
@@ -101,7 +107,13 @@ def exchanges(config, n_tokens):
 DELTA = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8)
 
 
-@pytest.mark.parametrize("config", [DELTA, MixtureOfMemoriesConfig(DELTA)], ids=["delta", "mixture"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(DELTA, id="delta"),
+        pytest.param(MixtureOfMemoriesConfig(DELTA), id="mixture", marks=pytest.mark.slow),
+    ],
+)
 def test_exchanges_do_not_grow_with_the_sequence(config):
     """As many, of as many bytes, for 256 tokens as for 1024; none gathers the sequence."""
     short, long = exchanges(config, 256), exchanges(config, 1024)
@@ -109,4 +121,23 @@ def test_exchanges_do_not_grow_with_the_sequence(config):
     largest = max(n for kind, n in long if kind != "all-reduce")  # gradients of parameters are reduced
     memories = 5 if isinstance(config, MixtureOfMemoriesConfig) else 1
     assert largest <= 2 * memories * max(DELTA.n_heads * 4 * (4 + 6), 3 * 2 * (4 + 4 + 6)) * 4
+    assert not any(kind in ("all-gather", "all-to-all") for kind, _ in long)
+
+
+SIZES = {"n_heads": 2, "key_dim": 4, "value_dim": 6, "chunk_tokens": 8}
+OTHERS = {
+    "scalar": SimpleGlaConfig(**SIZES),
+    "per channel": KimiDeltaAttentionConfig(**SIZES),
+    "low rank, shifted": Rwkv7Config(**SIZES, decay_rank=3, strength_rank=3, gate_rank=3),
+    "elementwise": MambaConfig(n_channels=6, n_states=3, dt_rank=2, chunk_tokens=8),
+    "invariant": LinearStateSpaceConfig(n_channels=16, n_states=6, chunk_tokens=8),
+    "complex": StateSpaceConfig(n_channels=16, n_states=6, chunk_tokens=8),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_exchanges_of_every_kind_do_not_grow_with_the_sequence(config):
+    short, long = exchanges(config, 256), exchanges(config, 1024)
+    assert short == long and short
     assert not any(kind in ("all-gather", "all-to-all") for kind, _ in long)

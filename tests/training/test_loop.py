@@ -193,7 +193,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_named(config, whole, killed_a
     "elsewhere",
     [
         pytest.param(MeshConfig(data=4, model=2), id="another mesh", marks=pytest.mark.slow),
-        pytest.param(None, id="one device"),
+        pytest.param(None, id="one device", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_elsewhere(elsewhere, config, whole, killed_after, monkeypatch):

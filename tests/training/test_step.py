@@ -200,7 +200,7 @@ def collectives(program) -> Counter:
             kind,
             mesh,
             id=f"{kind}-{mesh}",
-            marks=() if mesh == (SPLIT if kind == "stacked" else PRODUCT) else pytest.mark.slow,
+            marks=() if (kind, mesh) in (("muon", PRODUCT), ("stacked", SPLIT)) else pytest.mark.slow,
         )
         for kind in OPTIMIZERS
         for mesh in (*MESHES, *([SPLIT] if kind == "stacked" else []))
