@@ -46,7 +46,7 @@ from jaxmem.layers.short_convolution import convolve, last_items, short_convolut
 from jaxmem.recurrences.engine import chunks, steps
 from jaxmem.recurrences.streams import Documents
 from jaxmem.sharding import einsum, local, param
-from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, total
+from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, spread_like, total
 from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
 
 
@@ -247,6 +247,7 @@ class MixtureOfMemories(nnx.Module):
     def _mix(self, x: Arrays, places, taps: Arrays, p: Arrays, remembered):
         """The recurrences, on one device's rows and heads: o of every choice, new memories, history and segment."""
         c, (memory, segment, position) = self.config, places
+        taps, p = spread_like((taps, p), x)  # so that their gradients are exchanged once, in the end
         dtype = jax.tree.leaves(x)[0].dtype
         x = {name: self._of_choices(name, a, memory) for name, a in x.items()}
         x["position"] = jnp.broadcast_to(position[..., None], (*position.shape, c.n_choices))
@@ -294,6 +295,7 @@ class MixtureOfMemories(nnx.Module):
         item = packing.holds_item
         documents = Documents(item & (segments != jnp.roll(segments, 1, axis=1)), item)
         x = inner.prepare(inputs | convolved, p)
+        x = spread_like(x, x)
         make = lambda x: inner.streams(in_full(x), p)
         o, memories = chunks(make, x, memories, packing.chunk_memory, inner.n_steps, documents)
         o = unpack(packing, inner.finish(o, in_full(x), p))
@@ -317,6 +319,7 @@ class MixtureOfMemories(nnx.Module):
             x[name], new = short_convolution(x[name], weight, take(history[name]), now, before)
             new_history[name] = put(history[name], new)
         x = inner.prepare(x, p)
+        x = spread_like(x, x)
         make = lambda x: inner.streams(in_full(x), p)
         documents = Documents(now != before[:, None], now != 0)
         o, new = steps(make, x, take(memories), inner.n_steps, documents)

@@ -24,6 +24,7 @@ from jaxmem.recurrences.call import require_chunk
 from jaxmem.recurrences.engine import ELEMENTWISE_FLOPS, recurrence, recurrence_flops
 from jaxmem.recurrences.streams import Documents, Streams
 from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding.folds import spread_like
 from jaxmem.sharding.rules import Axes
 from jaxmem.typing import Array, DTypeLike, Float, Initializer, Int, PRNGKeyArray, PyTree, Shaped
 
@@ -346,10 +347,12 @@ class Recurrent(nnx.Module):
     def _mix(self, x: Arrays, documents: Documents, places, taps: Arrays, p: Arrays, state):
         """Convolutions and the recurrence, on one device's rows and heads."""
         (position, segment, segment_before), (memory, history), c = places, state, self.config
+        taps, p = spread_like((taps, p), x)  # so that their gradients are exchanged once, in the end
         dtype, new_history = jax.tree.leaves(x)[0].dtype, {}
         for name, weight in taps.items():
             x[name], new_history[name] = short_convolution(x[name], weight, history[name], segment, segment_before)
         x = c.prepare(x | {"position": position}, p)
+        x = spread_like(x, x)
         o, memory = recurrence(
             lambda x: c.streams(in_full(x), p),
             x,

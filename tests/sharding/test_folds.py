@@ -96,7 +96,13 @@ def exchanges(config, n_tokens):
         x = jax.ShapeDtypeStruct((2, n_tokens, 16), jnp.float32)
         text = jax.jit(jax.grad(loss, (0, 1))).lower(parameters, x).compile().as_text()
     kinds = "collective-permute|all-reduce|all-gather|reduce-scatter|all-to-all"
-    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    alone = r"replica_groups=(?:\{\{0\},|\[8,1\])"  # of every device with itself
+    exchange = rf"= (.*?) ({kinds})(?:-start)?\((?!.*{alone})"
+    bodies = re.findall(r"body=%([\w.-]+)", text)
+    for computation in text.split("\n\n"):
+        if computation.lstrip().startswith(tuple(f"%{body} " for body in bodies)):
+            assert not re.search(exchange, computation), "an exchange in every turn of a loop"
+    found = re.findall(exchange, text)
     n_bytes = lambda shapes: sum(
         4 * int(np.prod([int(n) for n in dims.split(",") if n]))
         for dims in re.findall(r"(?:[fs]32|c64)\[([0-9,]*)\]", shapes)
