@@ -19,13 +19,17 @@ jaxtyping.install_import_hook(
 collect_ignore_glob = ["golden/*"]  # scripts that make golden arrays need torch, the tests do not
 
 
+SHARING = ("test_loop.py", "test_generation.py", "test_decoder.py")
+"""Files whose tests share a trained run or compiled programs."""
+
+
 def pytest_collection_modifyitems(items):
-    """The laws of one mixer share compiled programs, the tests of the loop a trained run: one process runs them."""
+    """Tests that share something, as the laws of one mixer do, run in one process."""
     for item in items:
         if item.path.name == "test_laws.py" and "name" in item.callspec.params:
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["name"]))
-        elif item.path.name == "test_loop.py":
-            item.add_marker(pytest.mark.xdist_group("loop"))
+        elif item.path.name in SHARING:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 MAPS = Path("/proc/self/maps")

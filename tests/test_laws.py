@@ -80,7 +80,7 @@ MIXERS = {
     "gdn2": (GatedDeltaNet2Config(**SIZES), LONGER),
     "rwkv7": (RWKV7, LONGER),
 }
-QUICK = ["attention", "window", "convolution", "delta", "mixture"]
+QUICK = ["attention", "convolution", "delta", "mixture"]
 DECAYING = ["delta", "mixture", "kimi", "mamba", "mamba2", "comba", "delta-product", "gdn2"]
 FAMILIES = ["attention", "convolution", "delta", "mixture"]
 MESHES = {
@@ -407,7 +407,7 @@ def meshes():
     for name in MIXERS:
         several = "data fsdp model" if name in WHOLE else "fsdp seq model"
         wanted = {"seq"} - ({"seq"} if name in WHOLE else set())
-        wanted |= {several} if name in (*QUICK, *FAMILIES, "mamba", "mixture-mamba", "griffin", "rwkv7") else set()
+        wanted |= {several} if name in (*QUICK, "window", "mamba", "mixture-mamba", "griffin", "rwkv7") else set()
         wanted |= {mesh for mesh in MESHES if "seq" not in mesh} if name in FAMILIES else set()
         for mesh in sorted(wanted):
             quick = name in QUICK and mesh == several

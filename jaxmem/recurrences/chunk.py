@@ -68,14 +68,17 @@ def _prepare_products(x: Streams) -> Prepared:
         chunk = Chunk(decays.through, extra=dot("...kc,...cv->...kv", decays.to_end(x.k), x.v))
         return Prepared(chunk, lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts), product)
 
-    e, b, early = x.erase.decayed, x.erase.at, x.erase.decayed is None
-    if (
-        early
-    ):  # e of token i reads behind token i - 1: it takes the place of that token's row, and its overlaps move back
-        e = jnp.concatenate([x.erase.undecayed[..., 1:, :], jnp.zeros_like(x.q[..., :1, :])], axis=-2)
-    behind = lambda rows, first: jnp.concatenate([first, rows[..., :-1, :]], axis=-2) if early else rows
-    e_from_state = behind(decays.from_start(e), x.erase.undecayed[..., :1, :] if early else None)
-    overlaps = lambda blocks: jnp.tril(behind(blocks, jnp.zeros_like(blocks[..., :1, :])), -1)
+    # An e that reads behind token i - 1 takes the place of that token's row; what it finds is then moved back a row.
+    early, b = x.erase.undecayed, x.erase.at
+    shifted = lambda rows, first: jnp.concatenate([first, rows[..., :-1, :]], axis=-2)
+    if early is None:
+        e = x.erase.decayed
+        e_from_state = decays.from_start(e)
+        overlaps = lambda blocks: jnp.tril(blocks, -1)
+    else:
+        e = jnp.concatenate([early[..., 1:, :], jnp.zeros_like(early[..., :1, :])], axis=-2)
+        e_from_state = shifted(decays.from_start(e), early[..., :1, :])
+        overlaps = lambda blocks: jnp.tril(shifted(blocks, jnp.zeros_like(blocks[..., :1, :])), -1)
     if b is None:
         (erased,), (inside,) = decays.overlaps([e, x.q], [x.k])
         keys, values, extra, own = x.k, x.v, None, 0

@@ -377,7 +377,23 @@ every_rule = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = [
+    "simple_gla",
+    "gated_linear_attention",
+    "selective_scan",
+    "linear_state_space",
+    "gated_delta_rule",
+    "kimi_delta_attention",
+    "dplr",
+]
+
+
+def rows(names):
+    """Names as parameters; what is not quick is among the slow proofs."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", rows(CASES))
 @every_rule
 def test_documents(name, rule):
     for ids in DOCUMENTS.values():
@@ -387,12 +403,7 @@ def test_documents(name, rule):
         assert_close(got, in_float64(name, ids, inputs, weight))
 
 
-QUICK = ["simple_gla", "gated_linear_attention", "selective_scan", "gated_delta_rule", "kimi_delta_attention", "dplr"]
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in DECAYING]
-)
+@pytest.mark.parametrize("name", rows(DECAYING))
 @every_rule
 def test_any_decay(name, rule):
     """Gradients of the decays above all, where sums formed as differences of running sums lose all digits but four."""
