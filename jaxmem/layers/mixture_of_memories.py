@@ -39,6 +39,7 @@ from jaxmem.layers.recurrent import (
     in_full,
     make_parameters,
     make_taps,
+    prepared,
     shift,
     with_constants,
 )
@@ -294,8 +295,7 @@ class MixtureOfMemories(nnx.Module):
 
         item = packing.holds_item
         documents = Documents(item & (segments != jnp.roll(segments, 1, axis=1)), item)
-        x = inner.prepare(inputs | convolved, p)
-        x = spread_like(x, x)
+        x = prepared(inner, inputs | convolved, p)
         make = lambda x: inner.streams(in_full(x), p)
         o, memories = chunks(make, x, memories, packing.chunk_memory, inner.n_steps, documents)
         o = unpack(packing, inner.finish(o, in_full(x), p))
@@ -318,8 +318,7 @@ class MixtureOfMemories(nnx.Module):
         for name, weight in taps.items():
             x[name], new = short_convolution(x[name], weight, take(history[name]), now, before)
             new_history[name] = put(history[name], new)
-        x = inner.prepare(x, p)
-        x = spread_like(x, x)
+        x = prepared(inner, x, p)
         make = lambda x: inner.streams(in_full(x), p)
         documents = Documents(now != before[:, None], now != 0)
         o, new = steps(make, x, take(memories), inner.n_steps, documents)

@@ -351,8 +351,7 @@ class Recurrent(nnx.Module):
         dtype, new_history = jax.tree.leaves(x)[0].dtype, {}
         for name, weight in taps.items():
             x[name], new_history[name] = short_convolution(x[name], weight, history[name], segment, segment_before)
-        x = c.prepare(x | {"position": position}, p)
-        x = spread_like(x, x)
+        x = prepared(c, x | {"position": position}, p)
         o, memory = recurrence(
             lambda x: c.streams(in_full(x), p),
             x,
@@ -388,6 +387,13 @@ def with_constants(config: RecurrentConfig, d_model: int, parameters: PyTree) ->
     values |= {name: constrain(value, *axes) for name, (value, axes) in constants.items()}
     axes = {name: spec.axes for name, spec in config.parameters(d_model).items()}
     return values, axes | {name: axes for name, (_, axes) in constants.items()}
+
+
+def prepared(config: RecurrentConfig, x: Arrays, p: Arrays) -> Arrays:
+    """config.prepare(x, p), with all that comes out free to differ wherever a part of it does: an input that were the same
+    on some devices would have its gradients exchanged in every turn of a loop."""
+    x = config.prepare(x, p)
+    return spread_like(x, x)
 
 
 def in_full(x: Arrays) -> Arrays:

@@ -13,7 +13,7 @@ from jaxmem.recurrences.streams import Documents, Streams
 from jaxmem.typing import Array, DTypeLike, Int
 
 CHUNK_TOKENS = 32
-"""Measured on a CPU (experiments/benchmarks/recurrences.py); on a TPU 64 or 128 move fewer bytes, by its compiler's count."""
+"""Measured on a CPU (experiments/benchmarks/recurrences.py)."""
 
 
 class Options(TypedDict, total=False):

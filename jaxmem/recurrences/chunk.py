@@ -12,14 +12,13 @@ import jax.numpy as jnp
 
 from jaxmem.algebra import affine
 from jaxmem.recurrences.chunk_decays import in_chunk
-from jaxmem.recurrences.invariant import Invariant, Through, invariant_chunks
+from jaxmem.recurrences.invariant import Invariant, Powers, Through, invariant_chunks
 from jaxmem.recurrences.products import dot, sum_to
 from jaxmem.recurrences.streams import Documents, MakeStreams, Streams, make_streams, step
 from jaxmem.recurrences.triangular import unit_lower_inverse
 from jaxmem.sharding.folds import spread_like
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped
 
-Powers = tuple[affine.Vector | affine.Matrix, ...]
 Decay = affine.Scalar | affine.Vector | affine.Elementwise
 
 

@@ -18,6 +18,9 @@ from jaxmem.algebra import affine
 from jaxmem.recurrences.products import dot
 from jaxmem.typing import Array, Bool, Float, Shaped
 
+Powers = tuple[affine.Vector | affine.Matrix, ...]
+"""M^1, M^2, M^4, ..."""
+
 
 class Invariant(NamedTuple):
     """M, and where it does not apply. The dimensions of tokens of M, as of q and k beside it, are of size 1."""
@@ -51,7 +54,7 @@ class Through(NamedTuple):
     kept: Bool[Array, "*N 1"] | None
     """Whether no document starts in a chunk."""
 
-    def times(self, powers: tuple[affine.Vector | affine.Matrix, ...], state: Array) -> Array:
+    def times(self, powers: Powers, state: Array) -> Array:
         """Args: powers: M^1, M^2, M^4, ..., M^C."""
         if self.digits is None:
             return powers[-1].times(state)
@@ -63,7 +66,7 @@ class Through(NamedTuple):
 class InvariantChunks(NamedTuple):
     """Chunks [*N C] of tokens."""
 
-    powers: tuple[affine.Vector | affine.Matrix, ...]
+    powers: Powers
     """M^1, M^2, M^4, ..., M^C, one for all chunks."""
     through: Through
     inside: Shaped[Array, "*#N C C"]
