@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxmem.algebra import affine
 from jaxmem.recurrences.chunk_decays import in_chunk
 from jaxmem.recurrences.invariant import Invariant, Powers, Through, invariant_chunks
+from jaxmem.recurrences.linear_scan import scan_tokens
 from jaxmem.recurrences.products import dot, sum_to
-from jaxmem.recurrences.streams import Documents, MakeStreams, Streams, make_streams, step
+from jaxmem.recurrences.streams import Documents, MakeStreams, Streams, make_streams, streams_shape
 from jaxmem.recurrences.triangular import unit_lower_inverse
 from jaxmem.sharding.folds import spread_like
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped
@@ -35,20 +36,31 @@ class Chunk(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Chunks [N B H] and the rest of what is to be known of them."""
+    """N chunks of B rows and H heads."""
 
-    chunk: Chunk
-    read: Callable[[Array, Array | None], Array]
-    """The outputs [N B H C V], of the states that come in [N B H K V] and of U' [N B H C V]."""
+    go_on: Callable[[Array, Array], tuple[Array, Array]]
+    """(memories [B M H K V], which of them each chunk visits [N B]) -> (outputs [N B H C V], the memories after them)."""
     product: Callable[[], Decay]
     """What the decays of all tokens come to, [N B H ...]; of an M that is a decay."""
+    chunk: Chunk | None = None
+    """Unless every entry decays on its own."""
     powers: Powers = ()
     """Of an M that is the same for all tokens."""
 
 
+def prepared(chunk: Chunk, read: Callable, product: Callable[[], Decay], powers: Powers = ()) -> Prepared:
+    """Args: read: the outputs, of the states that come in [N B H K V] and of U' [N B H C V]."""
+
+    def go_on(memories, visited):
+        starts, written, memories = hand_on(chunk, powers, memories, visited)
+        return read(starts, written), memories
+
+    return Prepared(go_on, product, chunk, powers)
+
+
 def prepare(make: MakeStreams, inputs: PyTree, documents: Documents | None, n_steps: int) -> Prepared:
     """Args: inputs: [B N C ...]."""
-    if isinstance(jax.eval_shape(lambda inputs: make(inputs), inputs).decay, affine.Elementwise):
+    if isinstance(streams_shape(make, inputs).decay, affine.Elementwise):
         return _prepare_elementwise(make, inputs, documents)
     by_head = functools.partial(_by_head, n_steps=n_steps)
     x = jax.tree.map(by_head, make_streams(make, n_steps, inputs, documents))
@@ -65,7 +77,7 @@ def _prepare_products(x: Streams) -> Prepared:
         ((inside,),) = decays.overlaps([x.q], [x.k])
         own = dot("...ij,...jv->...iv", inside, x.v)
         chunk = Chunk(decays.through, extra=dot("...kc,...cv->...kv", decays.to_end(x.k), x.v))
-        return Prepared(chunk, lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts), product)
+        return prepared(chunk, lambda starts, _: own + dot("...ck,...kv->...cv", from_state, starts), product)
 
     # An e that reads behind token i - 1 takes the place of that token's row; what it finds is then moved back a row.
     early, b = x.erase.undecayed, x.erase.at
@@ -93,42 +105,31 @@ def _prepare_products(x: Streams) -> Prepared:
     def read_outputs(starts, written):
         return own + dot("...ck,...kv->...cv", from_state, starts) + dot("...ij,...jv->...iv", inside, written)
 
-    return Prepared(Chunk(decays.through, extra, u, w, decays.to_end(keys)), read_outputs, product)
+    return prepared(Chunk(decays.through, extra, u, w, decays.to_end(keys)), read_outputs, product)
 
 
 def _prepare_elementwise(make: MakeStreams, inputs: PyTree, documents: Documents | None) -> Prepared:
-    """With a decay of its own for every entry, states are formed token by token, in all chunks at once: from 0 for what the
-    chunks leave, and from where they start for what is read. Nothing of the size of all states is kept."""
-    tokens = jax.tree.map(lambda a: jnp.moveaxis(a, (2, 1), (0, 1)), (inputs, documents))  # [C N B ...]
-    of_token = lambda token: make_streams(make, 1, *token)
-    shapes = jax.eval_shape(lambda tokens: of_token(jax.tree.map(lambda a: a[0], tokens)), tokens)
-    shape = jnp.broadcast_shapes(shapes.decay.g.shape, (*shapes.k.shape[:-2], 1, 1, shapes.v.shape[-1]))
-    dtype = jnp.result_type(shapes.decay.g.dtype, shapes.v.dtype)
+    """With a decay of its own for every entry, all states of one chunk after another are formed."""
+    tokens = jax.tree.map(lambda a: jnp.moveaxis(a[:, 0], 1, 0), (inputs, documents))  # [C B ...]
+    x = make_streams(make, 1, *tokens)
+    x = spread_like(x, x)
+    decay = jnp.exp(jnp.moveaxis(x.decay.g, -3, -1))
+    of_heads = lambda key: key[..., 0, :] if key.shape[-2] == 1 else key.mT
+    q, k = of_heads(x.q), of_heads(x.k)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def leave(carry, token):
-        (total, state), x = carry, of_token(token)
-        return (total + x.decay.g, step(x, state)[1]), None
+    def go_on(memories, visited):
+        start = jnp.moveaxis(_visit(memories, visited[0]), -3, -1)
+        o, end = scan_tokens(q, k, x.v.mT, decay, start)
+        return jnp.moveaxis(o, (0, 2), (2, 3))[None], _leave(memories, visited[0], jnp.moveaxis(end, -1, -3))
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def read(state, token):
-        o, state = step(of_token(token), state)
-        return state, o
-
-    nothing = jnp.zeros(shapes.decay.g.shape, shapes.decay.g.dtype), jnp.zeros(shape, dtype)
-    (total, left), _ = jax.lax.scan(leave, spread_like(nothing, tokens), tokens)
-    return Prepared(
-        Chunk(jnp.exp(total), left),
-        lambda starts, _: jnp.moveaxis(jax.lax.scan(read, starts, tokens)[1], 0, -2),
-        lambda: affine.Elementwise(total),
-    )
+    return Prepared(go_on, lambda: affine.Elementwise(x.decay.g.sum(axis=0)[None]))
 
 
 def _prepare_invariant(x: Streams) -> Prepared:
     """M the same for all tokens: small convolutions."""
     decays = invariant_chunks(x.q, x.k, x.decay, x.v.shape[-2])
     own = dot("...ij,...jv->...iv", decays.inside, x.v)
-    return Prepared(
+    return prepared(
         Chunk(decays.through, extra=dot("...kc,...cv->...kv", decays.writes, x.v)),
         lambda starts, _: own + dot("...kc,...kv->...cv", decays.reads, starts),
         lambda: x.decay.product(x.v.shape[-2]),

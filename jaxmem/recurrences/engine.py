@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxmem.algebra import affine
 from jaxmem.recurrences.chunk import Prepared, hand_on, prepare
 from jaxmem.recurrences.invariant import Invariant
-from jaxmem.recurrences.streams import Documents, MakeStreams, make_streams, step
+from jaxmem.recurrences.streams import Documents, MakeStreams, make_streams, step, streams_shape
 from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, spread_like
 from jaxmem.typing import Array, Int, PyTree, Shaped
 
@@ -70,6 +70,8 @@ def recurrence(
                 f"{sequence_axis()!r}; use implementation='xla'"
             )
         return steps(make, inputs, state, n_steps, documents)
+    if _has_one_number(make, inputs):
+        chunk_tokens = n_tokens
     if n_tokens % chunk_tokens:
         documents = documents or Documents(jnp.zeros((batch, n_tokens), bool), jnp.ones((batch, n_tokens), bool))
         inputs, documents = jax.tree.map(lambda x: _pad(x, -n_tokens % chunk_tokens), (inputs, documents))
@@ -120,8 +122,8 @@ def chunks(
     chunk_tokens = jax.tree.leaves(inputs)[0].shape[1] // chunk_memory.shape[1]
 
     def group(memories, x: Prepared, visited):
-        starts, written, memories = hand_on(x.chunk, x.powers, memories, visited)
-        o = x.read(starts, written)[..., n_steps - 1 : chunk_tokens * n_steps : n_steps, :]
+        o, memories = x.go_on(memories, visited)
+        o = o[..., n_steps - 1 : chunk_tokens * n_steps : n_steps, :]
         return memories, jnp.moveaxis(jnp.moveaxis(o, 0, 1), 2, 3)
 
     memories, o = _over_groups(group, spread(memories, axis), make, inputs, chunk_memory, n_steps, documents)
@@ -146,7 +148,7 @@ def segment_map(
     """
     n_memories, heads, key, value = state_shape
     batch = chunk_memory.shape[0]
-    shapes = jax.eval_shape(lambda inputs: make(inputs), inputs)
+    shapes = streams_shape(make, inputs)
     decay = shapes.decay.M if isinstance(shapes.decay, Invariant) else shapes.decay
     kind, mixes = type(decay), shapes.erase is not None or isinstance(decay, affine.Matrix)
     dtype = jnp.result_type(shapes.v.dtype, decay[0].dtype)
@@ -155,16 +157,19 @@ def segment_map(
     nothing = affine.identity(kind, written.shape, dtype).M
 
     def group(carry, x: Prepared, visited):
-        (memories, decay), chunk = carry, x.chunk
+        memories, decay = carry
         if mixes:
+            chunk = x.chunk
             wider = lambda a: None if a is None else jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, key)])
             chunk = chunk._replace(u=wider(chunk.u), extra=wider(chunk.extra))
+            memories = hand_on(chunk, x.powers, memories, visited)[-1]
         else:
             g = x.product().g  # [N B H ...]
             mine = visited[..., None] == jnp.arange(n_memories)  # [N B M]
             mine = mine.reshape(*mine.shape, *[1] * (g.ndim - 2))
             decay = kind(decay.g + jnp.sum(jnp.where(mine, g[:, :, None], 0), axis=0))
-        return (hand_on(chunk, x.powers, memories, visited)[-1], decay), None
+            memories = x.go_on(memories, visited)[-1]
+        return (memories, decay), None
 
     memories = jnp.concatenate([written, unit], axis=-1) if mixes else written
     carry = spread_like((memories, nothing), (inputs, chunk_memory))
@@ -176,7 +181,9 @@ def _over_groups(body, carry, make: MakeStreams, inputs: PyTree, chunk_memory: A
     """body(carry, N prepared chunks, memories visited [N B]) -> (carry, result) over groups of chunks, in order."""
     n_tokens = jax.tree.leaves(inputs)[0].shape[1]
     n_chunks = chunk_memory.shape[1]
-    per_group = min(n_chunks, min(range(GROUP_CHUNKS, GROUP_CHUNKS // 2, -1), key=lambda n: -n_chunks % n))
+    kind = type(streams_shape(make, inputs).decay)
+    sizes = [1] if kind is affine.Elementwise else range(GROUP_CHUNKS, GROUP_CHUNKS // 2, -1)
+    per_group = min(n_chunks, min(sizes, key=lambda n: -n_chunks % n))
     idle = -n_chunks % per_group  # chunks without tokens, which leave the last memory as it is
     if idle and documents is None:
         documents = Documents(*(jnp.full((chunk_memory.shape[0], n_tokens), value) for value in (False, True)))
@@ -198,12 +205,18 @@ def _over_groups(body, carry, make: MakeStreams, inputs: PyTree, chunk_memory: A
     return jax.lax.scan(group, carry, xs)
 
 
+def _has_one_number(make: MakeStreams, inputs: PyTree) -> bool:
+    """Whether every channel has one, so that all its states are no more than its outputs."""
+    decay = streams_shape(make, inputs).decay
+    return isinstance(decay, affine.Elementwise) and decay.g.shape[-2:] == (1, 1)
+
+
 def _pad(x: Array, n_tokens: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, n_tokens)] + [(0, 0)] * (x.ndim - 2))
 
 
-ELEMENTWISE_FLOPS = 13
-"""Per number of the state and token, with a decay of its own for every entry: two passes, an exponential counted as one."""
+ELEMENTWISE_FLOPS = 7
+"""Per number of the state and token, with a decay of its own for every entry; an exponential counted as one."""
 
 
 def recurrence_flops(

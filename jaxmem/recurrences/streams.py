@@ -35,7 +35,7 @@ class Streams(NamedTuple):
     k: Shaped[Array, "*tokens H K"]
     v: Shaped[Array, "*tokens H V"]
     decay: affine.Scalar | affine.Vector | affine.Elementwise | Invariant
-    """Log-decays g <= 0: [*tokens H], [*tokens H K] or [*tokens H K V], with the last, q and k may be one for all heads; or
+    """Log-decays g <= 0: [*tokens H], [*tokens H K] or [*tokens H K V], with which q and k may be one for all heads; or
     one M for all tokens, and then q and k are one for all tokens, their dimensions of size 1."""
     erase: Erase | None = None
 
@@ -89,3 +89,8 @@ def forget(x: Streams, documents: Documents) -> Streams:
         e = erase.undecayed
         erase = erase._replace(undecayed=jnp.where(at(documents.starts, e), 0, e))
     return Streams(x.q, real(x.k), v, decay, erase)
+
+
+def streams_shape(make: MakeStreams, inputs: PyTree) -> Streams:
+    """make(inputs) without computing it."""
+    return jax.eval_shape(lambda inputs: make(inputs), inputs)
