@@ -188,7 +188,7 @@ def _hand_on_backward(saved, cotangents):
     def body(d_memories, inputs):
         x, d_start, d_written, visited = inputs
         d_end = _visit(d_memories, visited)
-        d_start += jax.linear_transpose(functools.partial(_through, x.decay, powers), d_start)(d_end)[0]
+        d_start += jax.vjp(functools.partial(_through, x.decay, powers), d_start)[1](d_end)[0]
         if x.w is not None:
             d_written += dot("...ck,...kv->...cv", x.keys, d_end)
             d_start -= dot("...kc,...cv->...kv", x.w, d_written)

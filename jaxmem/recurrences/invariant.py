@@ -90,7 +90,7 @@ def invariant_chunks(
     for power, back in zip(powers[:-1], transposed[:-1], strict=True):
         writes = jnp.concatenate([writes, power.times(writes)], axis=-1)
         reads = jnp.concatenate([reads, back.times(reads)], axis=-1)
-    kernel = dot("...ck,...ks->...s", q, writes)
+    kernel = dot("...k,...ks->...s", q[..., 0, :], writes)
     index = jnp.arange(chunk_tokens)
     lag = index[:, None] - index
     inside = jnp.where(lag >= 0, kernel[..., jnp.maximum(lag, 0)], 0)

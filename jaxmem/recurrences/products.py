@@ -2,6 +2,7 @@
 
 import functools
 import math
+import string
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,38 @@ from jaxmem.typing import Array
 
 
 def dot(subscripts: str, a: Array, b: Array) -> Array:
-    """einsum without rounding its fp32 factors, on any device."""
-    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+    """einsum of two, no letter in one of them alone, without rounding its fp32 factors, on any device.
+
+    Its gradients are einsums with factors in the order of their result: XLA's CPU compiler would turn and copy autodiff's.
+    """
+    inputs, product = subscripts.split("->")
+    names = [
+        name.replace("...", string.ascii_uppercase[26 - x.ndim + len(name.replace("...", "")) :])
+        for name, x in zip(inputs.split(","), (a, b), strict=True)
+    ]
+    leading = max(("".join(filter(str.isupper, name)) for name in names), key=len)
+    return _product(*names, product.replace("...", leading), a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(of_a: str, of_b: str, of_product: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(f"{of_a},{of_b}->{of_product}", a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _product_backward(of_a, of_b, of_product, factors, d):
+    def gradient(name: str, x: Array, of_other: str, other: Array) -> Array:
+        own = [letter for letter in name if (letter in of_other) != (letter in of_product)]
+        first, second = (of_product, d), (of_other, other)
+        if own and own[0] in of_other:
+            first, second = second, first
+        d_x = sum_to(_product(first[0], second[0], name, first[1], second[1]), x.shape)
+        return d_x.astype(x.dtype) if jnp.iscomplexobj(x) else jnp.real(d_x).astype(x.dtype)
+
+    a, b = factors
+    return gradient(of_a, a, of_b, b), gradient(of_b, b, of_a, a)
+
+
+_product.defvjp(lambda *args: (_product(*args), args[3:]), _product_backward)
 
 
 def add_up(x: Array, axis: int) -> Array:
