@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.norm import l2_normalize
 from jaxmem.layers.recurrent import (
     Arrays,
-    GatedOutput,
     HeadsConfig,
     Parameter,
     Projection,

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.recurrent import Arrays, GatedOutput, Parameter, Projection, RecurrentConfig, in_full
+from jaxmem.layers.gated_output import GatedOutput
+from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConfig, in_full
 from jaxmem.recurrences import elementwise
 from jaxmem.recurrences.products import dot
 from jaxmem.recurrences.streams import Streams

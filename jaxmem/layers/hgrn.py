@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.recurrent import Arrays, GatedOutput, HeadsConfig, Projection, RecurrentConfig
+from jaxmem.layers.gated_output import GatedOutput
+from jaxmem.layers.recurrent import Arrays, HeadsConfig, Projection, RecurrentConfig
 from jaxmem.recurrences import decay_only, elementwise
 from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array

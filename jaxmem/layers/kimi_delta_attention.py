@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.layers.gated_delta_net import DeltaNetConfig
-from jaxmem.layers.recurrent import Arrays, GatedOutput, Parameter, Projection, init_a_log, init_dt_bias
+from jaxmem.layers.gated_output import GatedOutput
+from jaxmem.layers.recurrent import Arrays, Parameter, Projection, init_a_log, init_dt_bias
 from jaxmem.recurrences import delta
 from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.recurrent import Arrays, GatedOutput, HeadsConfig, Parameter, Projection
+from jaxmem.layers.gated_output import GatedOutput
+from jaxmem.layers.recurrent import Arrays, HeadsConfig, Parameter, Projection
 from jaxmem.layers.rotary import rotary
 from jaxmem.recurrences import decay_only
 from jaxmem.recurrences.streams import Streams

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import (
     Arrays,
-    GatedOutput,
     HeadsConfig,
     Parameter,
     Projection,

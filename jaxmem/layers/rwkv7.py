@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.norm import l2_normalize
-from jaxmem.layers.recurrent import Arrays, GatedOutput, HeadsConfig, Parameter, Projection
+from jaxmem.layers.recurrent import Arrays, HeadsConfig, Parameter, Projection
 from jaxmem.recurrences import delta
 from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array

@@ -39,7 +39,7 @@ from jaxmem.typing import Array, Int, PyTree, Shaped
 
 Implementation = Literal["reference", "xla"]
 
-GROUP_CHUNKS = 16
+GROUP_CHUNKS = 8
 """Chunks worked on at once, and recomputed at once in the backward pass: as many as stay in a CPU's cache."""
 
 

@@ -60,12 +60,15 @@ def _outer(key: Array, value: Array) -> Array:
 
 
 def _run(on_cpu: Callable, elsewhere: Callable, a: Array, x: Array, start: Array) -> Array:
-    """The scan of states that lie flat, or XLA would copy them to move dimensions of size 1."""
-    flat = a.reshape(a.shape[0], -1), x.reshape(a.shape[0], -1), start.reshape(-1)
-    return jax.lax.platform_dependent(*flat, cpu=on_cpu, default=elsewhere).reshape(a.shape)
+    """The scan, without dimensions of size 1, which XLA would copy everything to move."""
+    sizes = [size for size in start.shape if size > 1]
+    dense = a.reshape(len(a), *sizes), x.reshape(len(x), *sizes), start.reshape(sizes)
+    return jax.lax.platform_dependent(*dense, cpu=on_cpu, default=elsewhere).reshape(a.shape)
 
 
-def loop(a: Array, x: Array, start: Array) -> Array:
+def loop(a: Shaped[Array, "T *n"], x: Shaped[Array, "T *n"], start: Shaped[Array, "*n"]) -> Shaped[Array, "T *n"]:
+    """h_t = a_t h_{t-1} + x_t, token by token."""
+
     def token(h, ax):
         h = ax[0] * h + ax[1]
         return h, h
@@ -73,7 +76,17 @@ def loop(a: Array, x: Array, start: Array) -> Array:
     return jax.lax.scan(token, start, (a, x))[1]
 
 
-def loop_back(a: Array, d_h: Array, d_end: Array) -> Array:
+def tree(a: Shaped[Array, "T *n"], x: Shaped[Array, "T *n"], start: Shaped[Array, "*n"]) -> Shaped[Array, "T *n"]:
+    """The same in log2 T levels."""
+    then = lambda first, second: (second[0] * first[0], second[0] * first[1] + second[1])
+    return jax.lax.associative_scan(then, (a, x.at[0].add(a[0] * start)))[1]
+
+
+def loop_back(
+    a: Shaped[Array, "T *n"], d_h: Shaped[Array, "T *n"], d_end: Shaped[Array, "*n"]
+) -> Shaped[Array, "T *n"]:
+    """d_t = d_h_t + a_{t+1} d_{t+1}, the last one with d_end, token by token."""
+
     def token(d, xs):
         d += xs[1]
         return xs[0] * d, d
@@ -81,12 +94,10 @@ def loop_back(a: Array, d_h: Array, d_end: Array) -> Array:
     return jax.lax.scan(token, d_end, (a, d_h), reverse=True)[1]
 
 
-def tree(a: Array, x: Array, start: Array) -> Array:
-    then = lambda first, second: (second[0] * first[0], second[0] * first[1] + second[1])
-    return jax.lax.associative_scan(then, (a, x.at[0].add(a[0] * start)))[1]
-
-
-def tree_back(a: Array, d_h: Array, d_end: Array) -> Array:
+def tree_back(
+    a: Shaped[Array, "T *n"], d_h: Shaped[Array, "T *n"], d_end: Shaped[Array, "*n"]
+) -> Shaped[Array, "T *n"]:
+    """The same in log2 T levels."""
     then = lambda last, first: (first[0] * last[0], first[0] * last[1] + first[1])
-    a = jnp.concatenate([a[1:], jnp.ones_like(a[:1])])
-    return jax.lax.associative_scan(then, (a, d_h.at[-1].add(d_end)), reverse=True)[1]
+    after = jnp.concatenate([a[1:], jnp.ones_like(a[:1])])
+    return jax.lax.associative_scan(then, (after, d_h.at[-1].add(d_end)), reverse=True)[1]

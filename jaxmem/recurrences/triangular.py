@@ -54,8 +54,10 @@ def _diagonal_blocks(a: Float[Array, "*N C C"], block: int) -> Float[Array, "*N 
 
 
 def _invert_in_place(a: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
-    """The same inverse by whole [C, C] products, one per doubling: best for small C. (Put in place, not subtracted: fused into
-    the product, that crashes libtpu 0.0.51's compiler for tpu7x; 0.0.52's does it.)"""
+    """The same inverse by whole [C, C] products, one per doubling: best for small C.
+
+    Corners are put in place, not subtracted: fused into the product, that crashes libtpu 0.0.51's compiler for tpu7x.
+    """
     index = jnp.arange(a.shape[-1])
     inverse = jnp.broadcast_to(jnp.eye(a.shape[-1]), a.shape)
     block = 1

@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxmem.recurrences.chunk_decays import scalar_in_chunk, vector_in_chunk
 from jaxmem.recurrences.delta import gated_delta_rule, gated_delta_streams
 from jaxmem.recurrences.engine import chunks
-from jaxmem.recurrences.products import add_up, widen
+from jaxmem.recurrences.products import add_up, dot, widen
 from jaxmem.recurrences.triangular import unit_lower_inverse
 
 B, T, H, K, V = 2, 37, 2, 8, 12
@@ -164,6 +164,29 @@ def test_sums_and_broadcasts_that_are_products(axis):
     wide, pull = jax.vjp(lambda row: widen(row, x.shape[axis], axis), jnp.sum(x, axis))
     np.testing.assert_array_equal(wide, np.broadcast_to(np.sum(x, axis, keepdims=True), x.shape))
     np.testing.assert_allclose(pull(weight)[0], np.sum(weight, axis), rtol=1e-6, atol=1e-6)
+
+
+PRODUCTS = {
+    "...ck,...kv->...cv": ((2, 3, 4, 5), (2, 3, 5, 6)),
+    "...kc,...cv->...kv": ((2, 5, 4), (2, 4, 6)),
+    "...k,...kv->...v": ((2, 1, 5), (2, 3, 5, 6)),
+    "...hk,hkv->...hv": ((7, 2, 3, 5), (3, 5, 6)),
+    "k,k...->...": ((4,), (4, 5, 6)),
+    "tbk,tbkvh->tbvh": ((2, 3, 4), (2, 3, 4, 1, 5)),
+}
+
+
+@pytest.mark.parametrize("subscripts", PRODUCTS)
+def test_products_have_the_gradients_of_einsum(subscripts):
+    """Those of real factors of complex products too."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in PRODUCTS[subscripts])
+    for factors in ((a, b), (a, b + 1j * b[::-1])):
+        loss = lambda product, *factors: jnp.sum(jnp.sin(jnp.abs(product(subscripts, *factors))))
+        got, want = (
+            jax.grad(loss, argnums=(1, 2))(product, *map(jnp.asarray, factors)) for product in (dot, jnp.einsum)
+        )
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
 
 
 def test_chunks_of_several_memories_are_folded_each_into_its_own():
