@@ -58,7 +58,7 @@ def recurrence(
     Args:
       inputs: arrays [B, T, ...]; what `make` computes of them is not kept for the backward pass.
       documents: where to forget, and what to pass over; None: one document, all tokens real. o at others is arbitrary.
-      chunk_tokens: C, ignored by "reference".
+      chunk_tokens: C; "reference" has none, and where every channel has one number of its own, C is T.
       implementation: "reference" steps token by token; "xla" works in chunks; None picks: steps for T == 1, else chunks.
     """
     batch, n_tokens = jax.tree.leaves(inputs)[0].shape[:2]
