@@ -7,6 +7,7 @@ import string
 import jax
 import jax.numpy as jnp
 
+from jaxmem.sharding.folds import spread_like
 from jaxmem.typing import Array
 
 
@@ -21,7 +22,7 @@ def dot(subscripts: str, a: Array, b: Array) -> Array:
         for name, x in zip(inputs.split(","), (a, b), strict=True)
     ]
     leading = max(("".join(filter(str.isupper, name)) for name in names), key=len)
-    return _product(*names, product.replace("...", leading), a, b)
+    return _product(*names, product.replace("...", leading), *spread_like((a, b), (a, b)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
