@@ -11,9 +11,21 @@ from typing import Any
 
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Complex, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Bool, Complex, Float, Int, PRNGKeyArray, Shaped, UInt32
 
 PyTree = Any
 Initializer = Callable[..., Array]
 
-__all__ = ["Array", "Bool", "Complex", "DTypeLike", "Float", "Initializer", "Int", "PRNGKeyArray", "PyTree", "Shaped"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Complex",
+    "DTypeLike",
+    "Float",
+    "Initializer",
+    "Int",
+    "PRNGKeyArray",
+    "PyTree",
+    "Shaped",
+    "UInt32",
+]

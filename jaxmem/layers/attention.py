@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.algebra.softmax import Partial, combine
-from jaxmem.layers.blockwise_attention import Implementation, blockwise_attention
 from jaxmem.layers.mixer import Cursor, Tokens, advance, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
+from jaxmem.pallas_kernels.flash_attention import Implementation, flash_attention
+from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.sharding import einsum, local, param, require_whole_sequences
 from jaxmem.sharding.folds import from_last, sequence_axis, spread
 from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
@@ -50,7 +51,7 @@ class AttentionConfig:
     qk_norm: bool = False
     """RMSNorm of every head of q and k before the rotary embedding."""
     implementation: Implementation | None = None
-    """Of `blockwise_attention`; None picks the best."""
+    """Of `flash_attention`; None picks the best."""
 
     def __post_init__(self):
         if self.n_heads < 1 or self.n_heads % self.kv_heads:
@@ -197,7 +198,9 @@ class Attention(nnx.Module):
         if limit is not None:
             _raise_if_outgrown(tokens, limit)
         q, k, v = self._project(x, tokens.position if positions is None else positions)
-        attend = partial(blockwise_attention, window=self.config.window, implementation=self.config.implementation)
+        attend = partial(
+            flash_attention, mask=Mask(window=self.config.window), implementation=self.config.implementation
+        )
         mix = partial(_mix, attend=attend, fresh=fresh, limit=limit)
         o, state = local(mix, (_HEADS, _KV_HEADS, _KV_HEADS, _TOKENS, _STATE), (_HEADS, _STATE))(
             q, k, v, tokens, state._replace(cursor=cursor)
@@ -234,13 +237,14 @@ def _mix(
         fits = ((tokens.position < limit) | ~tokens.real)[:, :, None, None]
         q, k, v = (jnp.where(fits, x, 0) for x in (q, k, v))  # NaN of the layer below must not reach tokens that fit
     written = _write(state, k, v, index, tokens.segment)
-    attend = partial(attend, q, q_index=index, q_segment=tokens.segment)
+    here = Place(index, tokens.segment)
+    attend = partial(attend, q, q_place=here)
     if n_tokens == 1 and not fresh:
-        o = attend(written.k, written.v, k_index=written.index, k_segment=written.segment).o
+        o = attend(written.k, written.v, k_place=Place(written.index, written.segment)).o
     else:
-        mixed = attend(k, v, k_index=index, k_segment=tokens.segment)
+        mixed = attend(k, v, k_place=here)
         if not fresh:
-            mixed = combine(attend(state.k, state.v, k_index=state.index, k_segment=state.segment), mixed)
+            mixed = combine(attend(state.k, state.v, k_place=Place(state.index, state.segment)), mixed)
         o = mixed.o
     if limit is not None:
         o = jnp.where(fits, o, jnp.nan)

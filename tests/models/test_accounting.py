@@ -22,7 +22,7 @@ from jaxmem.models.decoder import DecoderConfig
 
 T = 2048
 BLOCK = 128
-"""Tokens per block of `blockwise_attention`."""
+"""Tokens per block of `flash_attention`."""
 FULL, WINDOW = AttentionConfig(4, 2), AttentionConfig(4, window=96)
 GDN = GatedDeltaNetConfig(4, 64, 64)
 MOM = MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 64, 64))

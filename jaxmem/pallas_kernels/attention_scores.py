@@ -1,0 +1,72 @@
+"""What attention computes for a pair of a query and a key, shared by all implementations."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmem.pallas_kernels.masks import Mask, Place, sees
+from jaxmem.typing import Array, Float, UInt32
+
+
+class Extras(NamedTuple):
+    """Arrays that only some attention has; the R heads that share keys stand together."""
+
+    relative: Float[Array, "G R L K"] | None
+    """For each distance, what is added to the key."""
+    seeds: UInt32[Array, "B G R"] | None
+    """Of dropout."""
+
+
+class Static(NamedTuple):
+    """What is fixed when tracing."""
+
+    mask: Mask
+    scale: float
+    soft_cap: float | None
+    rate: float
+    """Of dropout."""
+    block_q: int
+    block_k: int
+
+
+def score(
+    products: Float[Array, "B G R T S"],
+    by_distance: Float[Array, "B G R T L"] | None,
+    q: Place,
+    k: Place,
+    static: Static,
+) -> Float[Array, "B G R T S"]:
+    """Logits in fp32, -inf where masked, of q . k and of q . r by distance."""
+    if by_distance is not None:
+        distance = jnp.clip(q.index[:, :, None] - k.index[:, None, :], 0, by_distance.shape[-1] - 1)
+        products += jnp.take_along_axis(by_distance, distance[:, None, None], axis=-1)
+    logits = static.scale * products
+    if static.soft_cap is not None:
+        logits = static.soft_cap * jnp.tanh(logits / static.soft_cap)
+    return jnp.where(sees(static.mask, q, k)[:, None, None], logits, -jnp.inf)
+
+
+def keep_factor(
+    seeds: UInt32[Array, "B G R"] | None, q: Place, k: Place, rate: float
+) -> Float[Array, "B G R T S"] | float:
+    """0 for weights that are left out, 1 / (1 - rate) for the others: a hash of seed and both indices."""
+    if seeds is None:
+        return 1.0
+    of_query = _mix(seeds[..., None] + q.index.astype(jnp.uint32)[:, None, None] * jnp.uint32(0x9E3779B1))
+    bits = _mix(of_query[..., None] ^ (k.index.astype(jnp.uint32) * jnp.uint32(0x85EBCA77))[:, None, None, None])
+    return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), 1 / (1 - rate), 0.0)
+
+
+def _mix(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
+    """The finaliser of MurmurHash3: every bit of x changes half of the bits."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def product(subscripts: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """einsum in the dtype of its factors, exact if that is fp32, summed in fp32."""
+    exact = jnp.result_type(x, y) == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)

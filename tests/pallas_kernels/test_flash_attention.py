@@ -1,0 +1,303 @@
+"""Attention in blocks against the equation for every pair of options, the equation against jax.nn, and what both promise."""
+
+import itertools
+import random
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmem.pallas_kernels.flash_attention import dropout, flash_attention
+from jaxmem.pallas_kernels.masks import Mask, Place, extent, may_see, sees
+
+B, T = 2, 37
+ROWS = {
+    "one document": [[1] * T, [1] * T],
+    "packed": [[1] * 11 + [2] * 5 + [3] * 21, [4] * 36 + [9]],
+    "padded": [[1] * 20 + [2] * 3 + [0] * 14, [0] * T],
+}
+MASKS = {
+    "full": Mask(causal=False),
+    "causal": Mask(),
+    "window 1": Mask(window=1),
+    "window 9": Mask(window=9),
+    "both ways 5": Mask(causal=False, window=5),
+    "chunks of 7": Mask(chunk=7),
+    "prefix": Mask(),
+}
+OPTIONS = {
+    "mask": list(MASKS),
+    "rows": list(ROWS),
+    "heads": [(4, 4), (4, 1), (6, 2)],
+    "widths": [(8, 8), (8, 6), (12, 8)],
+    "soft_cap": [None, 2.0],
+    "sinks": [False, True],
+    "relative": [None, 5, 64],
+    "rate": [None, 0.3],
+    "blocks": [(8, 12), (16, 8), (128, 128)],
+}
+
+
+def possible(case: dict) -> bool:
+    return case["relative"] is None or case["mask"] not in ("full", "both ways 5", "prefix")
+
+
+def pairwise(options: dict[str, list]) -> list[dict]:
+    """Cases in which every two values of two options meet that can, greedily from random ones."""
+    rng = random.Random(0)
+    pairs = lambda case: set(itertools.combinations(case.items(), 2))
+    together = lambda a, b: itertools.product(((a, x) for x in options[a]), ((b, y) for y in options[b]))
+    nothing = {"relative": None, "mask": "causal"}
+    wanted = {pair for names in itertools.combinations(options, 2) for pair in together(*names)}
+    wanted = {pair for pair in wanted if possible(nothing | dict(pair))}
+    cases = []
+    while wanted:
+        first = dict(min(wanted, key=str))
+        drawn = [{name: rng.choice(values) for name, values in options.items()} | first for _ in range(200)]
+        cases.append(max(filter(possible, drawn), key=lambda case: len(pairs(case) & wanted)))
+        wanted -= pairs(cases[-1])
+    return cases
+
+
+CASES = pairwise(OPTIONS)
+
+
+def relative_rms(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-30)
+
+
+def make(
+    mask="causal", rows="one document", heads=(4, 2), widths=(8, 6), soft_cap=None, sinks=False, relative=None, rate=None,
+    blocks=(8, 12), size=1.0, dtype=jnp.float32,
+):  # fmt: skip
+    """Differentiable arrays, options, and cotangents for o and lse."""
+    (n_heads, groups), (key, value) = heads, widths
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    normal = lambda *shape: jax.random.normal(next(keys), shape, dtype)
+    arrays = {"q": size * normal(B, T, n_heads, key), "k": normal(B, T, groups, key), "v": normal(B, T, groups, value)}
+    cotangents = normal(B, T, n_heads, value).astype(jnp.float32), normal(B, T, n_heads).astype(jnp.float32)
+    if sinks:
+        arrays["sinks"] = normal(n_heads)
+    if relative is not None:
+        arrays["relative"] = normal(n_heads, relative, key)
+    index, segment = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.array(ROWS[rows])
+    options = {
+        "mask": MASKS[mask],
+        "q_place": Place(index, segment),
+        "k_place": Place(index, segment, index % 11 < 4 if mask == "prefix" else None),
+        "soft_cap": soft_cap,
+        "dropped": None if rate is None else dropout(jax.random.key(7), rate, B, n_heads),
+        "block_q": blocks[0],
+        "block_k": blocks[1],
+    }
+    return arrays, options, cotangents
+
+
+def values_and_gradients(arrays, options, cotangents, implementation=None):
+    """{o, lse, d_q, d_k, ...}."""
+    placed = {name: options[name] for name in ("q_place", "k_place", "dropped")}
+    static = {name: value for name, value in options.items() if name not in placed} | {"implementation": implementation}
+
+    @jax.jit
+    def run(arrays, placed, cotangents):
+        f = lambda arrays: tuple(
+            flash_attention(arrays["q"], arrays["k"], arrays["v"], **_rest(arrays), **placed, **static)
+        )
+        (o, lse), pull = jax.vjp(f, arrays)
+        return {"o": o, "lse": lse} | {f"d_{name}": d for name, d in pull(cotangents)[0].items()}
+
+    return run(arrays, placed, cotangents)
+
+
+def _rest(arrays):
+    return {name: x for name, x in arrays.items() if name not in "qkv"}
+
+
+def assert_close(got, want, tolerance):
+    for name in want:
+        finite = np.isfinite(np.asarray(want[name], np.float32))
+        np.testing.assert_array_equal(np.isfinite(np.asarray(got[name], np.float32)), finite, err_msg=name)
+        error = relative_rms(jnp.where(finite, got[name], 0), jnp.where(finite, want[name], 0))
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{value}" for value in case.values()))
+def test_blocks_match_the_equation(case):
+    case = make(**case)
+    want = values_and_gradients(*case, implementation="reference")
+    assert_close(values_and_gradients(*case, implementation="xla"), want, 5e-6)
+
+
+def test_strong_logits():
+    """Forty times the usual size: the softmax is nearly one-hot and exp would overflow without the running maximum."""
+    case = make(rows="packed", size=40.0)
+    assert_close(values_and_gradients(*case), values_and_gradients(*case, implementation="reference"), 1e-5)
+
+
+def test_bf16_products_accumulate_in_fp32():
+    arrays, options, cotangents = make(rows="packed", dtype=jnp.bfloat16)
+    full = {name: x.astype(jnp.float32) for name, x in arrays.items()}
+    want = values_and_gradients(full, options, cotangents, implementation="reference")
+    got = values_and_gradients(arrays, options, cotangents)
+    assert got["o"].dtype == got["lse"].dtype == jnp.float32
+    assert got["d_q"].dtype == got["d_k"].dtype == got["d_v"].dtype == jnp.bfloat16
+    assert_close({"lse": got["lse"]}, {"lse": want["lse"]}, 1e-5)  # exact products of bf16, sums in fp32
+    assert_close(got, want, 2.0**-8)  # weights and cotangents are rounded once to bf16
+
+
+@pytest.mark.parametrize("mask", ["causal", "window 9", "full"])
+def test_the_equation_matches_jax_nn(mask):
+    arrays, options, (do, _) = make(mask, rows="packed", widths=(8, 8))
+    segment = options["q_place"].segment
+    same = (segment[:, :, None] == segment[:, None, :])[:, None]
+    rule = MASKS[mask]
+
+    @jax.jit
+    def theirs(arrays):
+        past = None if rule.window is None else (rule.window - 1, 0)
+        q, k, v = (arrays[name] for name in "qkv")
+        return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=rule.causal, local_window_size=past)
+
+    o, pull = jax.vjp(theirs, arrays)
+    want = {"o": o} | {f"d_{name}": d for name, d in pull(do)[0].items()}
+    zero = jnp.zeros(do.shape[:-1])
+    assert_close(values_and_gradients(arrays, options, (do, zero), implementation="reference"), want, 2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_the_past_does_not_depend_on_the_future(implementation):
+    arrays, options, _ = make(relative=5, soft_cap=3.0, sinks=True)
+    now = 17
+    attend = jax.jit(
+        lambda q, k, v: flash_attention(q, k, v, **_rest(arrays), **options, implementation=implementation)
+    )
+
+    def past(q, k, v):
+        o, lse = attend(q, k, v)
+        return jnp.sum(jnp.sin(o[:, :now])) + jnp.sum(lse[:, :now])
+
+    qkv = tuple(arrays[name] for name in "qkv")
+    for name, gradient in zip("qkv", jax.grad(past, (0, 1, 2))(*qkv), strict=True):
+        assert np.all(np.asarray(gradient[:, now:]) == 0), name
+        assert np.all(np.any(np.asarray(gradient[:, : now - 1]) != 0, axis=(2, 3))), name
+    for got, want in zip(attend(*(x.at[:, now:].add(3.0) for x in qkv)), attend(*qkv), strict=True):
+        np.testing.assert_array_equal(got[:, :now], want[:, :now])
+
+
+def test_rows_that_see_nothing():
+    arrays, options, cotangents = make(rows="padded")
+    for implementation in ("reference", "xla"):
+        got = values_and_gradients(arrays, options, cotangents, implementation)
+        nowhere = np.asarray(options["q_place"].segment == 0)
+        assert np.all(np.asarray(got["lse"])[nowhere] == -np.inf)
+        for name in ("o", "d_q", "d_k", "d_v"):
+            assert np.all(np.asarray(got[name])[nowhere] == 0), name
+
+
+def test_keys_may_stand_in_any_order():
+    arrays, options, cotangents = make("window 9", rows="packed", rate=0.3, relative=5)
+    order = jax.random.permutation(jax.random.key(1), T)
+    back = jnp.argsort(order)
+    shuffled = arrays | {name: arrays[name][:, order] for name in "kv"}
+    place = jax.tree.map(lambda x: x[:, order], options["k_place"])
+    want = values_and_gradients(arrays, options, cotangents)
+    got = values_and_gradients(shuffled, options | {"k_place": place}, cotangents)
+    assert_close(got | {name: got[name][:, back] for name in ("d_k", "d_v")}, want, 2e-6)
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean():
+    n_tokens, rate = 512, 0.2
+    q, k, v = (jnp.zeros((1, n_tokens, 2, 4)), jnp.zeros((1, n_tokens, 2, 4)), jnp.ones((1, n_tokens, 2, 1)))
+    seeds = dropout(jax.random.key(0), rate, 1, 2)
+    o = jax.jit(lambda q, k, v: flash_attention(q, k, v, Mask(causal=False), dropped=seeds).o)(q, k, v)
+    kept = np.asarray(o[0, :, :, 0]) * (1 - rate)  # the share of keys that each query and head has kept
+    assert abs(kept.mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / kept.size / n_tokens)
+    assert 0.8 < kept.std() / np.sqrt(rate * (1 - rate) / n_tokens) < 1.2
+    assert abs(np.corrcoef(kept[:, 0], kept[:, 1])[0, 1]) < 4 / np.sqrt(n_tokens)
+
+
+def test_composes_with_vmap_scan_and_remat():
+    arrays, options, _ = make(rows="packed")
+
+    def loss(q):
+        attend = jax.checkpoint(lambda q: flash_attention(q, arrays["k"], arrays["v"], **options).o)
+        return jnp.sum(jnp.sin(attend(q)))
+
+    stack = jnp.stack([arrays["q"], 2 * arrays["q"]])
+    gradient = jax.grad(loss)
+    together = jax.jit(jax.vmap(gradient))(stack)
+    _, in_turn = jax.jit(lambda stack: jax.lax.scan(lambda _, q: (None, gradient(q)), None, stack))(stack)
+    assert relative_rms(together, in_turn) < 1e-6
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_block_is_passed_over_only_if_nothing_in_it_is_seen(mask, rows):
+    _, options, _ = make(mask, rows)
+    size = 6
+    q, k = (
+        jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, -T % size))).reshape(B, -1, size), options[name])
+        for name in ("q_place", "k_place")
+    )
+    n_blocks = q.index.shape[1]
+    pairs = jax.tree.map(lambda x: x[:, :, None], q), jax.tree.map(lambda x: x[:, None], k)
+    seen = sees(
+        MASKS[mask], *(jax.tree.map(lambda x: jnp.broadcast_to(x, (B, n_blocks, n_blocks, size)), p) for p in pairs)
+    )
+    some = np.asarray(jnp.any(seen, axis=(-1, -2)))
+    maybe = np.asarray(may_see(MASKS[mask], *map(extent, pairs)))
+    assert not np.any(some & ~maybe)
+    if rows == "one document" and mask != "prefix":
+        np.testing.assert_array_equal(maybe, some)
+
+
+def test_never_builds_query_time_by_key_time():
+    n_tokens, heads = 2048, 2
+    x = jax.ShapeDtypeStruct((1, n_tokens, heads, 16), jnp.float32)
+
+    def loss(q, k, v):
+        o, lse = flash_attention(q, k, v)
+        return jnp.sum(o) + jnp.sum(lse)
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\[(\d+(?:,\d+)*)\]", compiled.as_text())]
+    assert max(np.prod(shape) for shape in shapes) < n_tokens**2 // 8
+    assert compiled.memory_analysis().temp_size_in_bytes < heads * n_tokens**2 * 4 // 4
+
+
+ERRORS = {
+    "k": ({"k": jnp.ones((B, T, 2, 9))}, r"needs k of shape \[B, S, G, K\], got q=.*; B and K are those of q"),
+    "v": ({"v": jnp.ones((B, T, 4, 6))}, r"needs v of shape \[B, S, G, V\], got q=.*; B, S and G are those of k"),
+    "heads": ({"q": jnp.ones((B, T, 3, 8))}, r"needs H divisible by G, got H=3, G=2; change the number of heads"),
+    "place": (
+        {"q_place": Place(jnp.ones((B, T - 1), int), jnp.ones((B, T), int))},
+        r"needs q_place.index of shape \(2, 37\), got q_place.index=\(2, 36\); pass one number per token of q",
+    ),
+    "block": ({"block_k": 0}, r"needs block_k >= 1, got block_k=0"),
+    "cap": ({"soft_cap": 0.0}, r"needs soft_cap > 0, got soft_cap=0.0; None is no cap"),
+    "sinks": ({"sinks": jnp.ones(2)}, r"needs sinks of shape \(4,\), got sinks=\(2,\); pass one per query head"),
+    "relative": ({"relative": jnp.ones((2, 3, 8))}, r"needs relative of shape \[4, L, 8\], got relative=\(2, 3, 8\)"),
+    "ahead": (
+        {"relative": jnp.ones((4, 3, 8)), "mask": Mask(causal=False)},
+        r"needs a causal mask with relative positions, got Mask\(.*; they have no distances ahead",
+    ),
+    "implementation": ({"implementation": "cuda"}, r"needs implementation 'reference', 'xla' or None, got .*'cuda'"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.usefixtures("unchecked")
+def test_errors(name):
+    change, text = ERRORS[name]
+    arrays, options, _ = make()
+    with pytest.raises(ValueError, match="flash_attention: " + text):
+        flash_attention(**arrays | options | change)
+
+
+@pytest.mark.parametrize("name", ["window", "chunk"])
+def test_a_mask_says_what_it_needs(name):
+    with pytest.raises(ValueError, match=f"attention mask: needs {name} >= 1, got {name}=0; None is no such limit"):
+        Mask(**{name: 0})
