@@ -66,9 +66,17 @@ def _forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: St
 
 
 def _backward(static: Static, saved, cotangents):
-    """Gradients of q, k, v and relative positions in one pass over the visible pairs of blocks."""
     q, k, v, q_place, k_place, extras, o, lse = saved
-    do, dlse = cotangents
+    dq, dk, dv, d_relative = gradients(q, k, v, q_place, k_place, extras, o, lse, *cotangents, static)
+    d_extras = None if d_relative is None else Extras(d_relative.astype(extras.relative.dtype), None)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, d_extras
+
+
+def gradients(q, k, v, q_place: Place, k_place: Place, extras: Extras, o, lse, do, dlse, static: Static):
+    """(dq, dk, dv, d_relative or None) in fp32, in one pass over the visible pairs of blocks.
+
+    These keys may be a part of those that o and lse are of: the gradients are then the part that goes through them.
+    """
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, jnp.sum(do * o, axis=-1) - dlse)
     lse = jnp.where(empty, 0.0, lse)
@@ -108,9 +116,7 @@ def _backward(static: Static, saved, cotangents):
     zeros = _fp32_like(keys[0], k.shape[-1]), _fp32_like(keys[1], v.shape[-1])
     d_relative = None if extras.relative is None else _fp32_like(extras.relative, k.shape[-1])
     ((dk, dv), d_relative), dq = jax.lax.scan(pull_back, (zeros, d_relative), (queries, do, delta, lse))
-    dq, dk, dv = _ungrouped(dq, q.shape[1]), dk[:, : k.shape[1]], dv[:, : k.shape[1]]
-    d_extras = None if d_relative is None else Extras(d_relative.astype(extras.relative.dtype), None)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, d_extras
+    return _ungrouped(dq, q.shape[1]), dk[:, : k.shape[1]], dv[:, : k.shape[1]], d_relative
 
 
 attention.defvjp(_forward, _backward)
