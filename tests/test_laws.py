@@ -91,8 +91,6 @@ MESHES = {
     "data fsdp model": MeshConfig(data=2, fsdp=2, model=2),
     "fsdp seq model": MeshConfig(data=1, fsdp=2, seq=2, model=2),
 }
-WHOLE = ["attention", "window"]
-"""Mixers that need whole sequences."""
 VARIANTS = [name for name in MIXERS if name not in QUICK]
 
 
@@ -402,11 +400,10 @@ def test_chunk_size_does_not_matter(name):
 
 
 def meshes():
-    """Every mixer that can on a mesh that splits the sequence; families, and what does not split over heads by itself, on
+    """Every mixer on a mesh that splits the sequence; families, and what does not split over heads by itself, on
     one with several axes; families on all."""
     for name in MIXERS:
-        several = "data fsdp model" if name in WHOLE else "fsdp seq model"
-        wanted = {"seq"} - ({"seq"} if name in WHOLE else set())
+        several, wanted = "fsdp seq model", {"seq"}
         wanted |= {several} if name in (*QUICK, "window", "mamba", "mixture-mamba", "griffin", "rwkv7") else set()
         wanted |= {mesh for mesh in MESHES if "seq" not in mesh} if name in FAMILIES else set()
         for mesh in sorted(wanted):

@@ -16,7 +16,6 @@ arXiv 2305.13245 (grouped queries); Henry et al. 2020, arXiv 2010.04245 (normali
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -24,14 +23,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.algebra.softmax import Partial, combine
+from jaxmem.algebra.softmax import combine
 from jaxmem.layers.mixer import Cursor, Tokens, advance, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
 from jaxmem.pallas_kernels.flash_attention import Implementation, flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place
-from jaxmem.sharding import einsum, local, param, require_whole_sequences
-from jaxmem.sharding.folds import from_last, sequence_axis, spread
+from jaxmem.sharding import current_rules, einsum, local, param
+from jaxmem.sharding.attention import Scheme, sharded_attention
+from jaxmem.sharding.attention_scheme import Shape, choose_scheme
+from jaxmem.sharding.folds import n_shards, sequence_axis, spread, total
+from jaxmem.sharding.layouts import own_tokens
 from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
 
 
@@ -52,6 +54,8 @@ class AttentionConfig:
     """RMSNorm of every head of q and k before the rotary embedding."""
     implementation: Implementation | None = None
     """Of `flash_attention`; None picks the best."""
+    scheme: Scheme | None = None
+    """How keys come from other devices where the sequence is split; None is what `choose_scheme` says."""
 
     def __post_init__(self):
         if self.n_heads < 1 or self.n_heads % self.kv_heads:
@@ -189,7 +193,6 @@ class Attention(nnx.Module):
 
         Raises: ValueError outside jit if a document outgrows the cache; under jit its tokens beyond come out NaN.
         """
-        require_whole_sequences("attention")
         fresh = state is None
         if fresh:
             state = self.init_state(x.shape[0], capacity=None if self.config.window else x.shape[1], dtype=x.dtype)
@@ -198,10 +201,7 @@ class Attention(nnx.Module):
         if limit is not None:
             _raise_if_outgrown(tokens, limit)
         q, k, v = self._project(x, tokens.position if positions is None else positions)
-        attend = partial(
-            flash_attention, mask=Mask(window=self.config.window), implementation=self.config.implementation
-        )
-        mix = partial(_mix, attend=attend, fresh=fresh, limit=limit)
+        mix = partial(_mix, config=self.config, fresh=fresh, limit=limit)
         o, state = local(mix, (_HEADS, _KV_HEADS, _KV_HEADS, _TOKENS, _STATE), (_HEADS, _STATE))(
             q, k, v, tokens, state._replace(cursor=cursor)
         )
@@ -225,30 +225,44 @@ def _mix(
     tokens: Tokens,
     state: AttentionState,
     *,
-    attend: Callable[..., Partial],
+    config: AttentionConfig,
     fresh: bool,
     limit: int | None,
 ) -> tuple[Float[Array, "B T H K"], AttentionState]:
     """Attention of new tokens over the cache and themselves, and the cache with them; fresh: the cache is empty."""
-    n_tokens, axis = q.shape[1], sequence_axis()
-    state = spread(state, axis)
-    index = state.length[:, None] + jnp.arange(n_tokens, dtype=jnp.int32)
+    n_tokens, axis = q.shape[1], sequence_axis(any_layout=True)
+    index = state.length[:, None] + own_tokens(current_rules().layout, n_tokens, axis)
     if limit is not None:
         fits = ((tokens.position < limit) | ~tokens.real)[:, :, None, None]
         q, k, v = (jnp.where(fits, x, 0) for x in (q, k, v))  # NaN of the layer below must not reach tokens that fit
-    written = _write(state, k, v, index, tokens.segment)
-    here = Place(index, tokens.segment)
-    attend = partial(attend, q, q_place=here)
+    written = _write(state, k, v, index, tokens.segment, axis)
+    here, mask = Place(index, tokens.segment), Mask(window=config.window)
+    of_cache = lambda state: flash_attention(
+        q, *spread((state.k, state.v), axis), mask, q_place=here, k_place=spread(Place(state.index, state.segment), axis),
+        implementation=config.implementation,
+    )  # fmt: skip
     if n_tokens == 1 and not fresh:
-        o = attend(written.k, written.v, k_place=Place(written.index, written.segment)).o
+        o = of_cache(written).o
     else:
-        mixed = attend(k, v, k_place=here)
-        if not fresh:
-            mixed = combine(attend(state.k, state.v, k_place=Place(state.index, state.segment)), mixed)
-        o = mixed.o
+        mixed = sharded_attention(
+            q, k, v, mask, q_place=here, k_place=here, axis=axis, scheme=_scheme(config, q, k, axis),
+            implementation=config.implementation,
+        )  # fmt: skip
+        o = (mixed if fresh else combine(of_cache(state), mixed)).o
     if limit is not None:
         o = jnp.where(fits, o, jnp.nan)
-    return o.astype(q.dtype), from_last(written, axis)
+    return o.astype(q.dtype), written
+
+
+def _scheme(
+    config: AttentionConfig, q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], axis: str | None
+) -> Scheme:
+    n = n_shards(axis)
+    if n == 1 or config.scheme is not None:
+        return config.scheme or Scheme()
+    batch, n_tokens, heads, width = q.shape
+    shape = Shape(batch, n * n_tokens, heads, k.shape[2], width, width, q.dtype.itemsize)
+    return choose_scheme(shape, n, Mask(window=config.window), layouts=(current_rules().layout,)).scheme
 
 
 def _write(
@@ -257,10 +271,11 @@ def _write(
     v: Float[Array, "B T G K"],
     index: Int[Array, "B T"],
     segment: Int[Array, "B T"],
+    axis: str | None,
 ) -> AttentionState:
     """The cache with the last S real tokens of each row in their slots; the others, and padding, go nowhere."""
     n_slots = state.k.shape[1]
-    length = state.length + jnp.sum(segment != 0, axis=1, dtype=jnp.int32)
+    length = state.length + total(jnp.sum(segment != 0, axis=1, dtype=jnp.int32), axis)
     kept = (segment != 0) & (index >= length[:, None] - n_slots)
     slot = jnp.where(kept, index % n_slots, n_slots)
 
@@ -268,11 +283,20 @@ def _write(
     def put(cache: Shaped[Array, "S *rest"], new: Shaped[Array, "T *rest"], slot: Int[Array, "T"]):
         return cache.at[slot].set(new.astype(cache.dtype), mode="drop")
 
+    if n_shards(axis) == 1:
+        place = put
+    else:  # every slot is written by one device at most
+        written = lambda cache, x: total(put(spread(jnp.zeros_like(cache), axis), x, slot), axis)
+        new = written(state.index, kept) > 0
+
+        def place(cache: Shaped[Array, "B S *rest"], x: Shaped[Array, "B T *rest"], slot: Int[Array, "B T"]):
+            return jnp.where(new.reshape(*new.shape, *(1,) * (cache.ndim - 2)), written(cache, x), cache)
+
     return state._replace(
-        k=put(state.k, k, slot),
-        v=put(state.v, v, slot),
-        index=put(state.index, index, slot),
-        segment=put(state.segment, segment, slot),
+        k=place(state.k, k, slot),
+        v=place(state.v, v, slot),
+        index=place(state.index, index, slot),
+        segment=place(state.segment, segment, slot),
         length=length,
     )
 

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.sharding import constrain, local
+from jaxmem.sharding import constrain, current_rules, local
 from jaxmem.sharding.folds import find_end, from_where, halo, is_first, prefix_fold, sequence_axis, spread
+from jaxmem.sharding.layouts import from_contiguous, to_contiguous
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
 
@@ -108,8 +109,8 @@ def advance(cursor: Cursor, segment_ids: Int[Array, "B T"] | None, n_tokens: int
 
 
 def _advance(cursor: Cursor, segment: Int[Array, "B T"]) -> tuple[Tokens, Cursor]:
-    axis = sequence_axis()
-    cursor = spread(cursor, axis)
+    axis, layout = sequence_axis(any_layout=True), current_rules().layout
+    cursor, segment = spread(cursor, axis), to_contiguous(segment, layout, axis)
     n_tokens, first = segment.shape[1], is_first(axis)
     before = jnp.where(first, cursor.segment[:, None], halo(segment, 1, axis))
     starts = (segment != jnp.concatenate([before, segment[:, :-1]], axis=1)) & (segment != 0)
@@ -126,7 +127,8 @@ def _advance(cursor: Cursor, segment: Int[Array, "B T"]) -> tuple[Tokens, Cursor
         jnp.where(n_real == 0, cursor.segment, at_end(segment)),
         jnp.where(n_real == 0, cursor.position, at_end(position) + 1),
     )
-    return Tokens(segment, position, starts), from_where(end, holds_end, axis)
+    tokens = (from_contiguous(x, layout, axis) for x in (segment, position, starts))
+    return Tokens(*tokens), from_where(end, holds_end, axis)
 
 
 def place_state(state: PyTree, axes: PyTree) -> PyTree:

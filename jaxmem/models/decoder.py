@@ -15,7 +15,8 @@ from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
 from jaxmem.layers.mixer import Mixer, MixerConfig
 from jaxmem.layers.norm import RMSNorm
-from jaxmem.sharding import constrain, einsum, param
+from jaxmem.sharding import constrain, current_rules, einsum, param
+from jaxmem.sharding.layouts import lay_out, restore
 from jaxmem.typing import Array, DTypeLike, Float, Int, PyTree
 
 Remat = Literal["nothing", "dots", "block"]
@@ -116,8 +117,9 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
+        layout = current_rules().layout
         tokens, segment_ids, positions = (
-            None if x is None else constrain(x, "batch", "time") for x in (tokens, segment_ids, positions)
+            None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
         x = self.embedding(tokens, jnp.dtype(self.config.dtype))
         states = (None,) * len(self.blocks) if state is None else state
@@ -130,7 +132,7 @@ class Decoder(nnx.Module):
             return x, tuple(after)
 
         x, states = jax.lax.scan(_remat(repeat, self.config.remat), x, (tuple(self.blocks), states))
-        return self.norm(x), states
+        return self.norm(restore(x, layout, "batch", "time", "embed")), states
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vocab"]:
         """fp32 logits of hidden vectors, for a few tokens at a time; training uses `chunked_cross_entropy`."""

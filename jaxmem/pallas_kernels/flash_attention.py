@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxmem.algebra import softmax
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels import flash_attention_xla
+from jaxmem.pallas_kernels.attention_core import attention
 from jaxmem.pallas_kernels.attention_scores import Extras, Static, keep_factor, product, score
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.typing import Array, Float, PRNGKeyArray, UInt32
@@ -91,8 +91,21 @@ def flash_attention(
     >>> flash_attention(0 * x, x, x).o[0, :, 0, 0].tolist()
     [1.0, 1.5, 3.0]
     """
+    prepared = prepare(
+        q, k, v, mask, q_place=q_place, k_place=k_place, scale=scale, soft_cap=soft_cap, relative=relative,
+        dropped=dropped, block_q=block_q, block_k=block_k, implementation=implementation,
+    )  # fmt: skip
+    attend = _reference if implementation == "reference" else attention
+    return with_sinks(attend(q, k, v, *prepared), sinks)
+
+
+def prepare(
+    q, k, v, mask, *, q_place=None, k_place=None, scale=None, soft_cap=None, relative=None, dropped=None, block_q=128,
+    block_k=128, implementation=None,
+) -> tuple[Place, Place, Extras, Static]:  # fmt: skip
+    """Checked arguments of `flash_attention` as `attention_core` takes them, behind q, k and v."""
     q_place, k_place = (_whole(x) if place is None else place for x, place in ((q, q_place), (k, k_place)))
-    _validate(q, k, v, q_place, k_place, mask, sinks, relative, dropped)
+    _validate(q, k, v, q_place, k_place, mask, relative, dropped)
     for name, value in (("block_q", block_q), ("block_k", block_k)):
         if value < 1:
             raise ValueError(f"flash_attention: needs {name} >= 1, got {name}={value}; change it or leave it out")
@@ -111,12 +124,21 @@ def flash_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rate = 0.0 if dropped is None else float(dropped.rate)
     static = Static(mask, scale, soft_cap, rate, min(block_q, q.shape[1]), min(block_k, k.shape[1]))
-    if implementation == "reference":
-        partial = _reference(q, k, v, q_place, k_place, extras, static)
-    else:
-        partial = Partial(*flash_attention_xla.attention(q, k, v, q_place, k_place, extras, static))
+    return q_place, k_place, extras, static
+
+
+def with_sinks(partial: Partial, sinks: Float[Array, "H"] | None) -> Partial:
+    """A result over all keys, merged with one more key for each head.
+
+    Raises: ValueError if there is not one sink per head.
+    """
     if sinks is None:
         return partial
+    heads = partial.lse.shape[-1]
+    if sinks.shape != (heads,):
+        raise ValueError(
+            f"flash_attention: needs sinks of shape ({heads},), got sinks={sinks.shape}; pass one per query head"
+        )
     sink = jnp.broadcast_to(sinks.astype(jnp.float32), partial.lse.shape)
     return softmax.combine(partial, Partial(jnp.zeros_like(partial.o), sink))
 
@@ -142,7 +164,7 @@ def _reference(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: 
     return Partial(o.reshape(batch, n_tokens, heads, -1), lse.reshape(batch, n_tokens, heads))
 
 
-def _validate(q, k, v, q_place, k_place, mask, sinks, relative, dropped) -> None:
+def _validate(q, k, v, q_place, k_place, mask, relative, dropped) -> None:
     batch, n_queries, heads, width = q.shape
     n_keys, groups = k.shape[1:3]
 
@@ -162,8 +184,6 @@ def _validate(q, k, v, q_place, k_place, mask, sinks, relative, dropped) -> None
                 f"{side}_place.{name}={None if array is None else array.shape}",
                 f"pass one number per token of {side}",
             )
-    if sinks is not None:
-        need(sinks.shape == (heads,), f"sinks of shape ({heads},)", f"sinks={sinks.shape}", "pass one per query head")
     if relative is not None:
         got = f"relative={relative.shape}"
         need(

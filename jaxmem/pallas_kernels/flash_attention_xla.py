@@ -20,19 +20,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.attention_scores import Extras, Static, keep_factor, product, score
 from jaxmem.pallas_kernels.masks import Extent, Place, extent, may_see
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def attention(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static):
-    """(o [B T H V], lse [B T H]); see `flash_attention`."""
-    return _forward(q, k, v, q_place, k_place, extras, static)[0]
-
-
-def _forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static):
-    """(o, lse) and what the backward pass needs."""
+def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static):
+    """(o [B T H V], lse [B T H]) in fp32."""
     queries, keys, extents = _prepare(q, k, v, q_place, k_place, static)
 
     def attend(query):
@@ -61,22 +56,14 @@ def _forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: St
         return o / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
     o, lse = (_ungrouped(x, q.shape[1]) for x in jax.lax.map(attend, queries))
-    lse = lse[..., 0]
-    return (o, lse), (q, k, v, q_place, k_place, extras, o.astype(v.dtype), lse)
+    return o, lse[..., 0]
 
 
-def _backward(static: Static, saved, cotangents):
-    q, k, v, q_place, k_place, extras, o, lse = saved
-    dq, dk, dv, d_relative = gradients(q, k, v, q_place, k_place, extras, o, lse, *cotangents, static)
-    d_extras = None if d_relative is None else Extras(d_relative.astype(extras.relative.dtype), None)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, d_extras
-
-
-def gradients(q, k, v, q_place: Place, k_place: Place, extras: Extras, o, lse, do, dlse, static: Static):
-    """(dq, dk, dv, d_relative or None) in fp32, in one pass over the visible pairs of blocks.
-
-    These keys may be a part of those that o and lse are of: the gradients are then the part that goes through them.
-    """
+def gradients(
+    q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial, cotangents: Partial, static: Static
+):
+    """(dq, dk, dv, d_relative or None) in fp32, in one pass over the visible pairs of blocks."""
+    (o, lse), (do, dlse) = result, cotangents
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, jnp.sum(do * o, axis=-1) - dlse)
     lse = jnp.where(empty, 0.0, lse)
@@ -117,9 +104,6 @@ def gradients(q, k, v, q_place: Place, k_place: Place, extras: Extras, o, lse, d
     d_relative = None if extras.relative is None else _fp32_like(extras.relative, k.shape[-1])
     ((dk, dv), d_relative), dq = jax.lax.scan(pull_back, (zeros, d_relative), (queries, do, delta, lse))
     return _ungrouped(dq, q.shape[1]), dk[:, : k.shape[1]], dv[:, : k.shape[1]], d_relative
-
-
-attention.defvjp(_forward, _backward)
 
 
 def _by_distance(q: Float[Array, "B G R C K"], extras: Extras) -> Float[Array, "B G R C L"] | None:

@@ -14,10 +14,13 @@ from jaxmem.sharding.rules import current_rules
 from jaxmem.typing import Array, Bool, Int, PyTree, Shaped
 
 
-def sequence_axis() -> str | None:
+def sequence_axis(*, any_layout: bool = False) -> str | None:
     """The mesh axis that splits the logical axis "time", inside `local`; None outside, or if the rules name none.
 
-    Raises: NotImplementedError if the rules split time over several mesh axes.
+    Args:
+      any_layout: the caller goes by places in the sequence, not by order.
+
+    Raises: NotImplementedError if the rules split time over several mesh axes; ValueError if tokens do not stand in order.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     names = [name for name in current_rules().activations["time"] if name in manual]
@@ -25,7 +28,13 @@ def sequence_axis() -> str | None:
         raise NotImplementedError(
             f"sequence parallelism: needs 'time' on one mesh axis, got {names}; change Rules.activations"
         )
-    return names[0] if names else None
+    axis, layout = names[0] if names else None, current_rules().layout
+    if layout != "contiguous" and not any_layout and n_shards(axis) > 1:
+        raise ValueError(
+            f"sequence parallelism: needs tokens in order, for all layers but attention, got Rules(layout={layout!r}); "
+            "use layout='contiguous', or attention alone"
+        )
+    return axis
 
 
 def n_shards(axis: str | None) -> int:

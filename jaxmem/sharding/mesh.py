@@ -19,7 +19,7 @@ class MeshConfig:
     fsdp: int = 1
     """Devices over which parameters *and* the batch are split; parameters are gathered when used."""
     seq: int = 1
-    """Devices over which the sequence is split, by layers whose memory is linear (attention not yet)."""
+    """Devices over which the sequence is split."""
     model: int = 1
     """Devices over which heads, ffn width and vocabulary are split."""
 

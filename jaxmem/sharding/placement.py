@@ -93,15 +93,10 @@ def mesh_axes(*axes: str) -> tuple[str, ...]:
     return tuple(name for axis in axes for name in current_rules().activations[axis])
 
 
-def require_whole_sequences(what: str) -> None:
-    """Raises NotImplementedError on a mesh that splits time."""
-    mesh, axes = current_mesh(), mesh_axes("time")
-    n = math.prod(mesh.shape[axis] for axis in axes) if mesh is not None else 1
-    if n > 1:
-        raise NotImplementedError(
-            f"{what}: needs whole sequences, got time split over the {n} devices of the mesh axis {'x'.join(axes)}; "
-            "use seq=1 for it, or layers whose memory is linear only"
-        )
+def n_shards_of(*axes: str) -> int:
+    """Devices between which these dimensions of an activation are split."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in mesh_axes(*axes))
 
 
 def sum_over(x: Array, *axes: str) -> Array:

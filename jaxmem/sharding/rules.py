@@ -19,6 +19,7 @@ from jaxmem.sharding.mesh import MESH_AXES
 
 Axes = Sequence[str | None]
 MeshAxes = tuple[str, ...]
+Layout = Literal["contiguous", "zigzag", "striped"]
 
 _EVERYWHERE: Mapping[str, MeshAxes] = {
     **dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("model",)),
@@ -41,6 +42,8 @@ class Rules:
     activations: Mapping[str, MeshAxes] = dataclasses.field(
         default_factory=lambda: {**_EVERYWHERE, "embed": (), "batch": ("data", "fsdp"), "time": ("seq",)}
     )
+    layout: Layout = "contiguous"
+    """Which tokens a device holds where time is split (`jaxmem.sharding.layouts`); a balanced one is for attention only."""
 
     def spec(
         self,

@@ -1,130 +1,18 @@
 """Attention in blocks against the equation for every pair of options, the equation against jax.nn, and what both promise."""
 
-import itertools
-import random
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import MASKS, OPTIONS, ROWS, B, T, assert_close, make, pairwise, relative_rms, values_and_gradients
 
 from jaxmem.pallas_kernels.flash_attention import dropout, flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place, extent, may_see, sees
 
-B, T = 2, 37
-ROWS = {
-    "one document": [[1] * T, [1] * T],
-    "packed": [[1] * 11 + [2] * 5 + [3] * 21, [4] * 36 + [9]],
-    "padded": [[1] * 20 + [2] * 3 + [0] * 14, [0] * T],
-}
-MASKS = {
-    "full": Mask(causal=False),
-    "causal": Mask(),
-    "window 1": Mask(window=1),
-    "window 9": Mask(window=9),
-    "both ways 5": Mask(causal=False, window=5),
-    "chunks of 7": Mask(chunk=7),
-    "prefix": Mask(),
-}
-OPTIONS = {
-    "mask": list(MASKS),
-    "rows": list(ROWS),
-    "heads": [(4, 4), (4, 1), (6, 2)],
-    "widths": [(8, 8), (8, 6), (12, 8)],
-    "soft_cap": [None, 2.0],
-    "sinks": [False, True],
-    "relative": [None, 5, 64],
-    "rate": [None, 0.3],
-    "blocks": [(8, 12), (16, 8), (128, 128)],
-}
 
-
-def possible(case: dict) -> bool:
-    return case["relative"] is None or case["mask"] not in ("full", "both ways 5", "prefix")
-
-
-def pairwise(options: dict[str, list]) -> list[dict]:
-    """Cases in which every two values of two options meet that can, greedily from random ones."""
-    rng = random.Random(0)
-    pairs = lambda case: set(itertools.combinations(case.items(), 2))
-    together = lambda a, b: itertools.product(((a, x) for x in options[a]), ((b, y) for y in options[b]))
-    nothing = {"relative": None, "mask": "causal"}
-    wanted = {pair for names in itertools.combinations(options, 2) for pair in together(*names)}
-    wanted = {pair for pair in wanted if possible(nothing | dict(pair))}
-    cases = []
-    while wanted:
-        first = dict(min(wanted, key=str))
-        drawn = [{name: rng.choice(values) for name, values in options.items()} | first for _ in range(200)]
-        cases.append(max(filter(possible, drawn), key=lambda case: len(pairs(case) & wanted)))
-        wanted -= pairs(cases[-1])
-    return cases
-
-
-CASES = pairwise(OPTIONS)
-
-
-def relative_rms(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-30)
-
-
-def make(
-    mask="causal", rows="one document", heads=(4, 2), widths=(8, 6), soft_cap=None, sinks=False, relative=None, rate=None,
-    blocks=(8, 12), size=1.0, dtype=jnp.float32,
-):  # fmt: skip
-    """Differentiable arrays, options, and cotangents for o and lse."""
-    (n_heads, groups), (key, value) = heads, widths
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-    normal = lambda *shape: jax.random.normal(next(keys), shape, dtype)
-    arrays = {"q": size * normal(B, T, n_heads, key), "k": normal(B, T, groups, key), "v": normal(B, T, groups, value)}
-    cotangents = normal(B, T, n_heads, value).astype(jnp.float32), normal(B, T, n_heads).astype(jnp.float32)
-    if sinks:
-        arrays["sinks"] = normal(n_heads)
-    if relative is not None:
-        arrays["relative"] = normal(n_heads, relative, key)
-    index, segment = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.array(ROWS[rows])
-    options = {
-        "mask": MASKS[mask],
-        "q_place": Place(index, segment),
-        "k_place": Place(index, segment, index % 11 < 4 if mask == "prefix" else None),
-        "soft_cap": soft_cap,
-        "dropped": None if rate is None else dropout(jax.random.key(7), rate, B, n_heads),
-        "block_q": blocks[0],
-        "block_k": blocks[1],
-    }
-    return arrays, options, cotangents
-
-
-def values_and_gradients(arrays, options, cotangents, implementation=None):
-    """{o, lse, d_q, d_k, ...}."""
-    placed = {name: options[name] for name in ("q_place", "k_place", "dropped")}
-    static = {name: value for name, value in options.items() if name not in placed} | {"implementation": implementation}
-
-    @jax.jit
-    def run(arrays, placed, cotangents):
-        f = lambda arrays: tuple(
-            flash_attention(arrays["q"], arrays["k"], arrays["v"], **_rest(arrays), **placed, **static)
-        )
-        (o, lse), pull = jax.vjp(f, arrays)
-        return {"o": o, "lse": lse} | {f"d_{name}": d for name, d in pull(cotangents)[0].items()}
-
-    return run(arrays, placed, cotangents)
-
-
-def _rest(arrays):
-    return {name: x for name, x in arrays.items() if name not in "qkv"}
-
-
-def assert_close(got, want, tolerance):
-    for name in want:
-        finite = np.isfinite(np.asarray(want[name], np.float32))
-        np.testing.assert_array_equal(np.isfinite(np.asarray(got[name], np.float32)), finite, err_msg=name)
-        error = relative_rms(jnp.where(finite, got[name], 0), jnp.where(finite, want[name], 0))
-        assert error < tolerance, f"{name}: {error}"
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{value}" for value in case.values()))
+@pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda case: "-".join(f"{value}" for value in case.values()))
 def test_blocks_match_the_equation(case):
     case = make(**case)
     want = values_and_gradients(*case, implementation="reference")
@@ -172,7 +60,7 @@ def test_the_past_does_not_depend_on_the_future(implementation):
     arrays, options, _ = make(relative=5, soft_cap=3.0, sinks=True)
     now = 17
     attend = jax.jit(
-        lambda q, k, v: flash_attention(q, k, v, **_rest(arrays), **options, implementation=implementation)
+        lambda q, k, v: flash_attention(**(arrays | {"q": q, "k": k, "v": v}), **options, implementation=implementation)
     )
 
     def past(q, k, v):

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from jaxmem.algebra import affine
-from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
 from jaxmem.layers.linear_attention import SimpleGlaConfig
@@ -71,15 +70,6 @@ def test_a_halo_needs_tokens_enough():
         pytest.raises(ValueError, match="needs at least 3 tokens per device, .* got 2; use fewer devices"),
     ):
         reach(constrain(jnp.ones((1, 16, 2)), *tokens))
-
-
-def test_attention_needs_whole_sequences():
-    with (
-        on_devices(4),
-        pytest.raises(NotImplementedError, match="attention: needs whole sequences, got .* 4 devices .*seq"),
-    ):
-        layer = AttentionConfig(2).make(8, rngs=nnx.Rngs(0))
-        layer(constrain(jnp.ones((1, 16, 8)), "batch", "time", "embed"))
 
 
 def exchanges(config, n_tokens):

@@ -1,0 +1,60 @@
+"""What one device computes of attention, by the implementation that was chosen: partial results, and their gradients.
+
+Rules of differentiation stand on these two: the one here, where all keys are on this device, and one for each way in which
+they come from others (`jaxmem.sharding`).
+"""
+
+from functools import partial
+
+import jax
+
+from jaxmem.algebra.softmax import Partial
+from jaxmem.pallas_kernels import flash_attention_xla
+from jaxmem.pallas_kernels.attention_scores import Extras, Static
+from jaxmem.pallas_kernels.masks import Place
+
+
+def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Partial:
+    """(o [B T H V], lse [B T H]) of q over these keys, in fp32."""
+    return Partial(*flash_attention_xla.forward(q, k, v, q_place, k_place, extras, static))
+
+
+def gradients(
+    q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial, cotangents: Partial, static: Static
+):
+    """(dq, dk, dv, d_relative or None) in fp32.
+
+    These keys may be a part of those that `result` is of: the gradients are then the part that goes through them.
+    """
+    return flash_attention_xla.gradients(q, k, v, q_place, k_place, extras, result, cotangents, static)
+
+
+def to_save(q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial):
+    """What the backward pass needs, o in the dtype of v."""
+    return q, k, v, q_place, k_place, extras, Partial(result.o.astype(v.dtype), result.lse)
+
+
+def as_cotangents(found, q, k, v, extras: Extras):
+    """What `gradients` found as cotangents of (q, k, v, q_place, k_place, extras), in their dtypes."""
+    dq, dk, dv, d_relative = found
+    d_extras = None if d_relative is None else Extras(d_relative.astype(extras.relative.dtype), None)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, d_extras
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def attention(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Partial:
+    """(o, lse) of q over keys that are all here."""
+    return forward(q, k, v, q_place, k_place, extras, static)
+
+
+def _forward(*arguments):
+    result = forward(*arguments)
+    return result, to_save(*arguments[:-1], result)
+
+
+def _backward(static: Static, saved, cotangents: Partial):
+    q, k, v, _, _, extras, _ = saved
+    return as_cotangents(gradients(*saved, cotangents, static), q, k, v, extras)
+
+
+attention.defvjp(_forward, _backward)
