@@ -9,6 +9,7 @@ Reference: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, eq.
 import jax
 from flax import nnx
 
+from jaxmem.layers.blockwise import in_blocks
 from jaxmem.sharding import einsum, param
 from jaxmem.typing import Array, Float
 
@@ -21,20 +22,25 @@ class SwiGLU(nnx.Module):
     (2, 3, 4)
     """
 
-    def __init__(self, d_model: int, d_ffn: int, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, d_ffn: int, *, rngs: nnx.Rngs, block_tokens: int | None = None):
         """Weights of variance 1 / fan-in.
 
         Args:
           d_model: width D of input and output.
           d_ffn: width F between; 8/3 D has as many parameters as an ungated layer of width 4 D.
           rngs: `params` draws the weights.
+          block_tokens: of a row and device, whose wide activations exist at once, see `in_blocks`; None: all.
         """
+        self.block_tokens = block_tokens
         init = jax.nn.initializers.lecun_normal()
         self.gate = param(rngs, init, (d_model, d_ffn), ("embed", "ffn"))
         self.up = param(rngs, init, (d_model, d_ffn), ("embed", "ffn"))
         self.down = param(rngs, init, (d_ffn, d_model), ("ffn", "embed"))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self._apply(x) if self.block_tokens is None else in_blocks(self._apply, x, self.block_tokens)
+
+    def _apply(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         wide = ("batch", "time", "ffn")
         gate = einsum("btd,df->btf", x, self.gate[...], wide)
         up = einsum("btd,df->btf", x, self.up[...], wide)

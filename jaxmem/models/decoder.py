@@ -40,6 +40,9 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     remat: Remat = "nothing"
     """What the backward pass computes again: nothing; everything but weight products (dots); whole blocks."""
+    ffn_block_tokens: int | None = None
+    """Tokens of a row and device that go through a feed-forward at once, for sequences whose wide activations would not fit;
+    None: all."""
     dtype: Dtype = "float32"
     """Of activations; parameters, states and statistics are fp32."""
 
@@ -74,7 +77,7 @@ class Block(nnx.Module):
         self.mixer_norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
         self.mixer: Mixer = mixer.make(config.d_model, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
-        self.ffn = SwiGLU(config.d_model, config.d_ffn, rngs=rngs)
+        self.ffn = SwiGLU(config.d_model, config.d_ffn, rngs=rngs, block_tokens=config.ffn_block_tokens)
 
     def __call__(self, x: Float[Array, "B T D"], state: PyTree, segment_ids, positions) -> tuple[Array, PyTree]:
         mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)

@@ -189,3 +189,36 @@ def _check(scheme: Scheme, ring: Ring, heads: int, mask: Mask, k_place: Place) -
             f"attention scheme: needs a causal mask with a window or chunk, and no prefix, for a halo, got {mask}; "
             "use a ring, Scheme('ring')"
         )
+
+
+def merge_over(partial: Partial, axis: str | None) -> Partial:
+    """Inside `local`: attention over the keys of all devices of a mesh axis, of each device's own; one max and two sums."""
+    if axis is None:
+        return partial
+    top = jax.lax.pmax(jax.lax.stop_gradient(partial.lse), axis)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weight = jnp.exp(partial.lse - top)
+    o = jnp.where(weight[..., None] == 0, 0, partial.o)
+    o, total = jax.lax.psum((weight[..., None] * o, weight), axis)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return Partial(o / total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total)))
+
+
+def spread_kv_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    mask: Mask = Mask(),
+    *,
+    q_place: Place,
+    k_place: Place,
+    axis: str | None,
+    **options,
+) -> Partial:
+    """Inside `local`: the same queries on all devices of a mesh axis, over keys of which each holds its own.
+
+    Exchanged per device: o and lse, whatever the number of keys.
+    Reference: Lin et al. 2024, arXiv 2401.02669 (DistAttention).
+    """
+    return merge_over(flash_attention(q, k, v, mask, q_place=q_place, k_place=k_place, **options), axis)

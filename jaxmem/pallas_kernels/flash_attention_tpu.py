@@ -1,0 +1,468 @@
+"""Attention on a TPU: one program per block of queries forward, per block of keys backward; the other side comes by DMA.
+
+Everything in the kernels is transposed, scores [C_k, C_q] with keys along sublanes, so that maxima and sums over keys are
+elementwise operations of whole registers, statistics are rows [1, C_q], and all products are plain ones:
+
+    s = k q^T [C_k C_q]      p = exp(s - top)      o^T = v^T p [V C_q]
+    dp = v do^T [C_k C_q]    ds = p (dp - delta)   dv = p do    dk = ds q    dq^T = k^T ds [K C_q]
+
+Exponents are to the base 2, log2(e) in the scale. Blocks of the other side go double-buffered from HBM to VMEM, from the
+first to the last that may be seen, which XLA finds from what each block spans: a few numbers per block in SMEM, no table of
+pairs. A pair of blocks that all see each other is not masked. The backward pass visits each pair once: dk and dv stay in
+VMEM, dq^T is read, added to and written back to HBM in fp32.
+
+VMEM per program: 2 blocks of keys and values, a few [C_k, C_q] in fp32. HBM: forward reads k and v once per block of queries.
+Reference: Dao 2023, arXiv 2307.08691; Milakov and Gimelshein 2018, arXiv 1805.02867 (running maximum).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxmem.algebra.softmax import Partial
+from jaxmem.pallas_kernels.attention_scores import Extras, Static
+from jaxmem.pallas_kernels.masks import Extent, Mask, Place, extent, may_see
+from jaxmem.typing import Array, Bool, Float, Int
+
+LOG2_E = math.log2(math.e)
+LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""Running maximum before any key: finite, so that masked scores of -inf weigh exp2(-inf) = 0."""
+VMEM_BYTES = 64 * 2**20
+"""What a program may use."""
+SPAN = 6
+"""Numbers that a kernel is told of each of its own blocks, and of the other side's."""
+
+
+class Span(NamedTuple):
+    """What a block of tokens spans; the segments with padding's own, so that a block with padding is never uniform."""
+
+    index_low: Int[Array, "..."]
+    index_high: Int[Array, "..."]
+    segment_low: Int[Array, "..."]
+    segment_high: Int[Array, "..."]
+    first: Int[Array, "..."]
+    """Block of the other side that may be seen, and one past the last."""
+    end: Int[Array, "..."]
+
+
+def sees_all(mask: Mask, q: Span, k: Span) -> Bool[Array, ""]:
+    """True only if every query of a block sees every key of the other."""
+    segments = (q.segment_low == q.segment_high) & (k.segment_low == k.segment_high) & (q.segment_low == k.segment_low)
+    if mask.causal:
+        segments &= k.index_high <= q.index_low
+    if mask.window is not None:
+        segments &= (q.index_high - k.index_low < mask.window) & (k.index_high - q.index_low < mask.window)
+    if mask.chunk is not None:
+        segments &= _chunk(mask, q.index_low) == _chunk(mask, k.index_high)
+        segments &= _chunk(mask, q.index_high) == _chunk(mask, k.index_low)
+    return segments
+
+
+def visible(mask: Mask, q: Place, k: Place) -> Bool[Array, "C_k C_q"]:
+    """Which key [C_k 1] a query [1 C_q] sees; padding of queries is segment -1, of keys 0."""
+    seen = q.segment == k.segment
+    if mask.causal:
+        seen &= k.index <= q.index
+    if mask.window is not None:
+        seen &= (q.index - k.index < mask.window) & (k.index - q.index < mask.window)
+    if mask.chunk is not None:
+        seen &= _chunk(mask, q.index) == _chunk(mask, k.index)
+    return seen
+
+
+def _chunk(mask: Mask, index: Int[Array, "..."]) -> Int[Array, "..."]:
+    return jax.lax.div(index, jnp.full_like(index, mask.chunk))
+
+
+def spans(mask: Mask, q: Place, k: Place) -> tuple[Span, Span]:
+    """Of blocks of queries [B N C] and of keys [B M C]."""
+    q_extent, k_extent = extent(q._replace(segment=jnp.maximum(q.segment, 0))), extent(k)
+    each = lambda x, axis: jax.tree.map(lambda a: jnp.expand_dims(a, axis), x)
+    pairs = may_see(mask, each(q_extent, 2), each(k_extent, 1))  # [B N M]
+
+    def of(place: Place, reach: Extent, pairs: Bool[Array, "B N M"]) -> Span:
+        first = jnp.argmax(pairs, axis=-1)
+        end = jnp.where(jnp.any(pairs, axis=-1), pairs.shape[-1] - jnp.argmax(pairs[..., ::-1], axis=-1), first)
+        segments = jnp.min(place.segment, axis=-1), jnp.max(place.segment, axis=-1)
+        return Span(reach.index_low, reach.index_high, *segments, first.astype(jnp.int32), end.astype(jnp.int32))
+
+    return of(q, q_extent, pairs), of(k, k_extent, pairs.swapaxes(1, 2))
+
+
+def _read(spans, b: Int[Array, ""], n: Int[Array, ""], n_blocks: int) -> Span:
+    """The span of block n of row b, of numbers in SMEM."""
+    return Span(*(spans[(b * n_blocks + n) * SPAN + i] for i in range(SPAN)))
+
+
+class Stream:
+    """Blocks that come from HBM one after the other, each while the one before is worked on."""
+
+    def __init__(self, sources, buffers, semaphores):
+        self.sources, self.buffers, self.semaphores = sources, buffers, semaphores
+
+    def _copies(self, n, slot):
+        for i, (source, buffer) in enumerate(zip(self.sources(n), self.buffers, strict=True)):
+            yield pltpu.make_async_copy(source, buffer.at[slot], self.semaphores.at[slot, i])
+
+    def start(self, n, slot):
+        for copy in self._copies(n, slot):
+            copy.start()
+
+    def wait(self, n, slot):
+        for copy in self._copies(n, slot):
+            copy.wait()
+
+    def run(self, n_blocks, body, settle=lambda n, slot: None):
+        """body(n, slot) for n = 0 ... n_blocks - 1, its data in buffers[slot]; settle(n, slot) before others come there."""
+
+        @pl.when(n_blocks > 0)
+        def _():
+            self.start(0, 0)
+
+        def step(n, _):
+            slot = jax.lax.rem(n, 2)
+
+            @pl.when(n > 0)
+            def _():
+                settle(n - 1, 1 - slot)
+
+            @pl.when(n + 1 < n_blocks)
+            def _():
+                self.start(n + 1, 1 - slot)
+
+            self.wait(n, slot)
+            body(n, slot)
+
+        jax.lax.fori_loop(0, n_blocks, step, None)
+
+        @pl.when(n_blocks > 0)
+        def _():
+            settle(n_blocks - 1, jax.lax.rem(n_blocks - 1, 2))
+
+
+def _scores(k, qT, static: Static):
+    """[C_k C_q], to the base 2, not masked; and the derivative of the soft cap, or None."""
+    s = _dot(k, qT) * static.scale
+    if static.soft_cap is None:
+        return s * LOG2_E, None
+    bent = jnp.tanh(s / static.soft_cap)
+    return (LOG2_E * static.soft_cap) * bent, 1 - bent * bent
+
+
+def _dot(a, b):
+    exact = a.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _column(row: Int[Array, "1 C"]) -> Int[Array, "C 1"]:
+    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+
+
+def _forward_kernel(
+    q_spans, k_spans, qT, q_index, q_segment, k_hbm, vT_hbm, k_index_hbm, k_segment_hbm, oT, lse,
+    k_buffer, vT_buffer, k_index_buffer, k_segment_buffer, acc, top, total, semaphores,
+    *, static: Static, n_q: int, n_k: int, repeats: int,
+):  # fmt: skip
+    b, h, i = (pl.program_id(axis) for axis in range(3))
+    g, size = h // repeats, static.block_k
+    mine = _read(q_spans, b, i, n_q)
+    acc[...], total[...] = jnp.zeros_like(acc), jnp.zeros_like(total)
+    top[...] = jnp.full_like(top, LOWEST)
+
+    def sources(n):
+        tokens = pl.ds((mine.first + n) * size, size)
+        of_row = lambda x: x.at[b, :, tokens]
+        return k_hbm.at[b, g, tokens], vT_hbm.at[b, g, :, tokens], of_row(k_index_hbm), of_row(k_segment_hbm)
+
+    def fold(n, slot):
+        def attend(s):  # [C_k C_q]
+            new_top = jnp.maximum(top[...], jnp.max(s, axis=0, keepdims=True))
+            p, fade = jnp.exp2(s - new_top), jnp.exp2(top[...] - new_top)
+            total[...] = fade * total[...] + jnp.sum(p, axis=0, keepdims=True)
+            acc[...] = fade * acc[...] + _dot(vT_buffer[slot], p.astype(vT_buffer.dtype))
+            top[...] = new_top
+
+        s, _ = _scores(k_buffer[slot], qT[0, 0], static)
+        whole = sees_all(static.mask, mine, _read(k_spans, b, mine.first + n, n_k))
+
+        @pl.when(whole)
+        def _():
+            attend(s)
+
+        @pl.when(~whole)
+        def _():
+            keys = Place(_column(k_index_buffer[slot]), _column(k_segment_buffer[slot]))
+            attend(jnp.where(visible(static.mask, Place(q_index[0], q_segment[0]), keys), s, -jnp.inf))
+
+    buffers = k_buffer, vT_buffer, k_index_buffer, k_segment_buffer
+    Stream(sources, buffers, semaphores).run(mine.end - mine.first, fold)
+    empty = total[...] == 0
+    divisor = jnp.where(empty, 1.0, total[...])
+    oT[0, 0] = acc[...] / divisor
+    lse[0, 0] = jnp.where(empty, -jnp.inf, (top[...] + jnp.log2(divisor)) / LOG2_E)
+
+
+def _backward_kernel(
+    q_spans, k_spans, k, v, kT, k_index, k_segment, q_hbm, qT_hbm, do_hbm, doT_hbm, rows_hbm, places_hbm, dqT_in,
+    dqT_hbm, dk, dv, q_buffer, qT_buffer, do_buffer, doT_buffer, rows_buffer, places_buffer, dqT_buffer, semaphores,
+    write_semaphores, *, static: Static, n_q: int, n_k: int, repeats: int,
+):  # fmt: skip
+    del dqT_in  # the same memory as dqT_hbm
+    b, g, j = (pl.program_id(axis) for axis in range(3))
+    size = static.block_q
+    mine = _read(k_spans, b, j, n_k)
+    n_blocks = mine.end - mine.first
+    dk[...], dv[...] = jnp.zeros_like(dk), jnp.zeros_like(dv)
+
+    def block(n):
+        """(query head, block of queries) of turn n."""
+        return g * repeats + n // jnp.maximum(n_blocks, 1), mine.first + jax.lax.rem(n, jnp.maximum(n_blocks, 1))
+
+    def sources(n):
+        h, i = block(n)
+        tokens = pl.ds(i * size, size)
+        rows, columns = (lambda x: x.at[b, h, tokens]), (lambda x: x.at[b, h, :, tokens])
+        return (
+            rows(q_hbm),
+            columns(qT_hbm),
+            rows(do_hbm),
+            columns(doT_hbm),
+            columns(rows_hbm),
+            places_hbm.at[b, :, tokens],
+            columns(dqT_hbm),
+        )
+
+    def write(n, slot):
+        h, i = block(n)
+        there = dqT_hbm.at[b, h, :, pl.ds(i * size, size)]
+        return pltpu.make_async_copy(dqT_buffer.at[slot], there, write_semaphores.at[slot])
+
+    def pull_back(n, slot):
+        def add(masked):
+            s, slope = _scores(k[0, 0], qT_buffer[slot], static)
+            s = masked(s)
+            lse, delta = rows_buffer[slot, 0:1], rows_buffer[slot, 1:2]
+            p = jnp.exp2(s - lse)
+            dp = _dot(v[0, 0], doT_buffer[slot])
+            dv[0, 0] += _dot(p.astype(do_buffer.dtype), do_buffer[slot])
+            ds = p * (dp - delta) * static.scale
+            ds = (ds if slope is None else ds * slope).astype(q_buffer.dtype)
+            dk[0, 0] += _dot(ds, q_buffer[slot])
+            dqT_buffer[slot] += _dot(kT[0, 0], ds)
+
+        _, i = block(n)
+        whole = sees_all(static.mask, _read(q_spans, b, i, n_q), mine)
+
+        @pl.when(whole)
+        def _():
+            add(lambda s: s)
+
+        @pl.when(~whole)
+        def _():
+            queries = Place(places_buffer[slot, 0:1], places_buffer[slot, 1:2])
+            keys = Place(_column(k_index[0]), _column(k_segment[0]))
+            add(lambda s: jnp.where(visible(static.mask, queries, keys), s, -jnp.inf))
+
+        write(n, slot).start()
+
+    buffers = q_buffer, qT_buffer, do_buffer, doT_buffer, rows_buffer, places_buffer, dqT_buffer
+    settle = lambda n, slot: write(n, slot).wait()
+    Stream(sources, buffers, semaphores).run(repeats * n_blocks, pull_back, settle)
+
+
+def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static, **call) -> Partial:
+    """(o [B T H V], lse [B T H]) in fp32."""
+    x = _arrange(q, k, v, q_place, k_place, extras, static)
+    (batch, heads, groups, width, value), (n_q, n_k), (size_q, size_k) = x.shape, x.n_blocks, x.sizes
+    of_q = lambda b, h, i, *_: (b, h, 0, i)
+    row_of_q = pl.BlockSpec((1, 1, size_q), lambda b, h, i, *_: (b, 0, i))
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    oT, lse = pl.pallas_call(
+        functools.partial(_forward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, heads, n_q),
+            in_specs=[pl.BlockSpec((1, 1, width, size_q), of_q), row_of_q, row_of_q, *4 * [anywhere]],
+            out_specs=[pl.BlockSpec((1, 1, value, size_q), of_q), pl.BlockSpec((1, 1, 1, size_q), of_q)],
+            scratch_shapes=[
+                pltpu.VMEM((2, size_k, width), k.dtype),
+                pltpu.VMEM((2, value, size_k), v.dtype),
+                *2 * [pltpu.VMEM((2, 1, size_k), jnp.int32)],
+                pltpu.VMEM((value, size_q), jnp.float32),
+                *2 * [pltpu.VMEM((1, size_q), jnp.float32)],
+                pltpu.SemaphoreType.DMA((2, 4)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, value, n_q * size_q), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, 1, n_q * size_q), jnp.float32),
+        ],
+        compiler_params=_parameters("parallel"),
+        cost_estimate=_cost(x, n_products=2),
+        name="flash_attention_forward",
+        **call,
+    )(x.q_spans, x.k_spans, x.q.mT, *x.q_rows, x.k, x.v.mT, *x.k_rows)
+    n_tokens = q.shape[1]
+    return Partial(oT.transpose(0, 3, 1, 2)[:, :n_tokens], lse[:, :, 0].transpose(0, 2, 1)[:, :n_tokens])
+
+
+def gradients(
+    q,
+    k,
+    v,
+    q_place: Place,
+    k_place: Place,
+    extras: Extras,
+    result: Partial,
+    cotangents: Partial,
+    static: Static,
+    **call,
+):
+    """(dq, dk, dv, None) in fp32."""
+    x = _arrange(q, k, v, q_place, k_place, extras, static)
+    (batch, heads, groups, width, value), (n_q, n_k), (size_q, size_k) = x.shape, x.n_blocks, x.sizes
+    empty = result.lse == -jnp.inf
+    delta = jnp.where(empty, 0.0, jnp.sum(cotangents.o * result.o, axis=-1) - cotangents.lse)
+    rows = jnp.stack([jnp.where(empty, 0.0, result.lse * LOG2_E), delta], axis=1)  # [B 2 T H]
+    rows = _fill(rows.transpose(0, 3, 1, 2), size_q, axis=3)
+    do = _fill(cotangents.o.astype(v.dtype).transpose(0, 2, 1, 3), size_q, axis=2)
+    places = jnp.concatenate(x.q_rows, axis=1)
+
+    of_k, of_kT = (lambda b, g, j, *_: (b, g, j, 0)), (lambda b, g, j, *_: (b, g, 0, j))
+    row_of_k = pl.BlockSpec((1, 1, size_k), lambda b, g, j, *_: (b, 0, j))
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    two = lambda *shape, dtype=jnp.float32: pltpu.VMEM((2, *shape), dtype)
+    dqT, dk, dv = pl.pallas_call(
+        functools.partial(_backward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, groups, n_k),
+            in_specs=[
+                pl.BlockSpec((1, 1, size_k, width), of_k),
+                pl.BlockSpec((1, 1, size_k, value), of_k),
+                pl.BlockSpec((1, 1, width, size_k), of_kT),
+                row_of_k,
+                row_of_k,
+                *7 * [anywhere],
+            ],
+            out_specs=[
+                anywhere,
+                pl.BlockSpec((1, 1, size_k, width), of_k),
+                pl.BlockSpec((1, 1, size_k, value), of_k),
+            ],
+            scratch_shapes=[
+                two(size_q, width, dtype=q.dtype),
+                two(width, size_q, dtype=q.dtype),
+                two(size_q, value, dtype=v.dtype),
+                two(value, size_q, dtype=v.dtype),
+                two(2, size_q),
+                two(2, size_q, dtype=jnp.int32),
+                two(width, size_q),
+                pltpu.SemaphoreType.DMA((2, 7)),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, width, n_q * size_q), jnp.float32),
+            jax.ShapeDtypeStruct((batch, groups, n_k * size_k, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, groups, n_k * size_k, value), jnp.float32),
+        ],
+        input_output_aliases={13: 0},
+        compiler_params=_parameters("arbitrary"),  # blocks of keys add to the same dq
+        cost_estimate=_cost(x, n_products=5),
+        name="flash_attention_backward",
+        **call,
+    )(
+        x.q_spans, x.k_spans, x.k, x.v, x.k.mT, *x.k_rows, x.q, x.q.mT, do, do.mT, rows, places,
+        jnp.zeros((batch, heads, width, n_q * size_q), jnp.float32),
+    )  # fmt: skip
+    back = lambda a, n_tokens: a.transpose(0, 2, 1, 3)[:, :n_tokens]
+    return back(dqT.mT, q.shape[1]), back(dk, k.shape[1]), back(dv, k.shape[1]), None
+
+
+class Arranged(NamedTuple):
+    """Arrays as kernels take them, whole blocks, heads in front of time."""
+
+    q: Float[Array, "B H T K"]
+    k: Float[Array, "B G S K"]
+    v: Float[Array, "B G S V"]
+    q_rows: tuple[Int[Array, "B 1 T"], Int[Array, "B 1 T"]]
+    """Index and segment, -1 for padding."""
+    k_rows: tuple[Int[Array, "B 1 S"], Int[Array, "B 1 S"]]
+    """Index and segment, 0 for padding."""
+    q_spans: Int[Array, "n"]
+    k_spans: Int[Array, "m"]
+    static: Static
+    shape: tuple[int, int, int, int, int]
+    """B, H, G, K, V."""
+    n_blocks: tuple[int, int]
+    sizes: tuple[int, int]
+
+
+def _arrange(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Arranged:
+    mask = static.mask
+    if extras.relative is not None or extras.seeds is not None:
+        raise NotImplementedError("flash_attention: 'pallas_tpu' has no relative positions and no dropout; use 'xla'")
+    if k_place.prefix is not None:
+        if mask.window is not None or mask.chunk is not None:
+            raise NotImplementedError("flash_attention: 'pallas_tpu' has no prefix with a window or chunk; use 'xla'")
+        k_place = Place(jnp.where(k_place.prefix, -1, k_place.index), k_place.segment)  # in front of every query
+    sizes = tuple(min(size, -(-x.shape[1] // 128) * 128) for size, x in ((static.block_q, q), (static.block_k, k)))
+    for name, size in zip(("block_q", "block_k"), sizes, strict=True):
+        if size % 128:
+            raise ValueError(
+                f"flash_attention: 'pallas_tpu' needs {name} divisible by 128, got {name}={size}; change it"
+            )
+    heads_first = lambda x, size: _fill(x.transpose(0, 2, 1, 3), size, axis=2)
+    q_place, k_place = (
+        Place(*(_fill(x.astype(jnp.int32), size, axis=1) for x in (place.index, place.segment)))
+        for place, size in ((q_place, sizes[0]), (k_place, sizes[1]))
+    )
+    q_place = q_place._replace(segment=jnp.where(q_place.segment == 0, -1, q_place.segment))
+    return Arranged(
+        q=heads_first(q, sizes[0]),
+        k=heads_first(k, sizes[1]),
+        v=heads_first(v, sizes[1]),
+        q_rows=(q_place.index[:, None], q_place.segment[:, None]),
+        k_rows=(k_place.index[:, None], k_place.segment[:, None]),
+        **_flat_spans(mask, q_place, k_place, sizes),
+        static=static._replace(block_q=sizes[0], block_k=sizes[1]),
+        shape=(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]),
+        n_blocks=(q_place.index.shape[1] // sizes[0], k_place.index.shape[1] // sizes[1]),
+        sizes=sizes,
+    )
+
+
+def _flat_spans(mask: Mask, q: Place, k: Place, sizes: tuple[int, int]) -> dict[str, Int[Array, "n"]]:
+    blocks = lambda place, size: Place(*(x.reshape(x.shape[0], -1, size) for x in place[:2]))
+    found = spans(mask, blocks(q, sizes[0]), blocks(k, sizes[1]))
+    return {
+        name: jnp.stack(span, axis=-1).reshape(-1) for name, span in zip(("q_spans", "k_spans"), found, strict=True)
+    }
+
+
+def _fill(x: Array, size: int, axis: int) -> Array:
+    """Zeros behind the last token, up to whole blocks."""
+    return jnp.pad(x, [(0, -x.shape[a] % size if a == axis else 0) for a in range(x.ndim)])
+
+
+def _parameters(of_blocks: str) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", of_blocks), vmem_limit_bytes=VMEM_BYTES)
+
+
+def _cost(x: Arranged, n_products: int) -> pl.CostEstimate:
+    """Of the pairs that a causal mask leaves, so that schedulers know how long the kernel takes."""
+    batch, heads, _, width, value = x.shape
+    pairs = batch * heads * x.q.shape[2] * x.k.shape[2] // (2 if x.static.mask.causal else 1)
+    arrays = (x.q, x.k, x.v)
+    return pl.CostEstimate(
+        flops=n_products * pairs * (width + value),
+        transcendentals=pairs,
+        bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays) * n_products,
+    )
