@@ -9,14 +9,14 @@ from functools import partial
 import jax
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels import flash_attention_xla
+from jaxmem.pallas_kernels import flash_attention_tpu, flash_attention_xla
 from jaxmem.pallas_kernels.attention_scores import Extras, Static
 from jaxmem.pallas_kernels.masks import Place
 
 
 def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Partial:
     """(o [B T H V], lse [B T H]) of q over these keys, in fp32."""
-    return Partial(*flash_attention_xla.forward(q, k, v, q_place, k_place, extras, static))
+    return _by_platform("forward", static, q, k, v, q_place, k_place, extras)
 
 
 def gradients(
@@ -26,7 +26,17 @@ def gradients(
 
     These keys may be a part of those that `result` is of: the gradients are then the part that goes through them.
     """
-    return flash_attention_xla.gradients(q, k, v, q_place, k_place, extras, result, cotangents, static)
+    return _by_platform("gradients", static, q, k, v, q_place, k_place, extras, result, cotangents)
+
+
+def _by_platform(name: str, static: Static, *arrays):
+    """The function of that name of the implementation asked for; of the best one on the platform that is compiled for."""
+    of = lambda module: partial(getattr(module, name), static=static)
+    if static.implementation is not None:
+        return of({"xla": flash_attention_xla, "pallas_tpu": flash_attention_tpu}[static.implementation])(*arrays)
+    if flash_attention_tpu.why_not(arrays[4], arrays[5], static) is not None:
+        return of(flash_attention_xla)(*arrays)
+    return jax.lax.platform_dependent(*arrays, tpu=of(flash_attention_tpu), default=of(flash_attention_xla))
 
 
 def to_save(q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial):

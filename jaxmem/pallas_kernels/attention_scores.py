@@ -26,8 +26,15 @@ class Static(NamedTuple):
     soft_cap: float | None
     rate: float
     """Of dropout."""
-    block_q: int
-    block_k: int
+    block_q: int | None
+    block_k: int | None
+    """Tokens per block; None is what suits the implementation."""
+    implementation: str | None = None
+    """"xla", "pallas_tpu", or None: the best for the platform that is compiled for."""
+
+    def with_blocks(self, block_q: int, block_k: int) -> "Static":
+        """Blocks where none are given."""
+        return self._replace(block_q=self.block_q or block_q, block_k=self.block_k or block_k)
 
 
 def score(

@@ -17,7 +17,7 @@ section 2 (soft cap).
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jaxmem.pallas_kernels.attention_scores import Extras, Static, keep_factor, 
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.typing import Array, Float, PRNGKeyArray, UInt32
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "pallas_tpu"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["seeds"], meta_fields=["rate"])
@@ -66,8 +66,8 @@ def flash_attention(
     sinks: Float[Array, "H"] | None = None,
     relative: Float[Array, "H L K"] | None = None,
     dropped: Dropout | None = None,
-    block_q: int = 128,
-    block_k: int = 128,
+    block_q: int | None = None,
+    block_k: int | None = None,
     implementation: Implementation | None = None,
 ) -> Partial:
     """Attention of q over the keys it sees, as `Partial(o [B T H V], lse [B T H])`, both fp32 and differentiable.
@@ -80,9 +80,11 @@ def flash_attention(
       sinks: b of each head. Of several results to be merged, only one may have them.
       relative: r of each head for the distances 0 to L - 1, the last for all beyond; needs a causal mask.
       dropped: weights left out, from `dropout`; lse knows nothing of them.
-      block_q, block_k: tokens per block; "xla" works in a few arrays [B, H, block_q, block_k].
-      implementation: "reference" is the equation in fp32 with arrays [B, H, T, S]; "xla" is blockwise, and what None
-        picks. The gradient of "xla" cannot be differentiated again, that of "reference" can.
+      block_q, block_k: tokens per block, multiples of 128 on a TPU; "xla" works in a few arrays [B, H, block_q, block_k].
+        None is 128 for "xla", 1024 for "pallas_tpu".
+      implementation: "reference" is the equation in fp32 with arrays [B, H, T, S]; "xla" is blockwise; "pallas_tpu" has no
+        relative positions, dropout, or prefix with a window. None picks the best that there is when compiling for a
+        platform. Gradients can be differentiated again with "reference" alone.
 
     Raises: ValueError if shapes do not match, blocks are not positive, relative positions would look ahead, or the
       implementation is unknown.
@@ -100,20 +102,20 @@ def flash_attention(
 
 
 def prepare(
-    q, k, v, mask, *, q_place=None, k_place=None, scale=None, soft_cap=None, relative=None, dropped=None, block_q=128,
-    block_k=128, implementation=None,
+    q, k, v, mask, *, q_place=None, k_place=None, scale=None, soft_cap=None, relative=None, dropped=None, block_q=None,
+    block_k=None, implementation=None,
 ) -> tuple[Place, Place, Extras, Static]:  # fmt: skip
     """Checked arguments of `flash_attention` as `attention_core` takes them, behind q, k and v."""
     q_place, k_place = (_whole(x) if place is None else place for x, place in ((q, q_place), (k, k_place)))
     _validate(q, k, v, q_place, k_place, mask, relative, dropped)
     for name, value in (("block_q", block_q), ("block_k", block_k)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"flash_attention: needs {name} >= 1, got {name}={value}; change it or leave it out")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"flash_attention: needs soft_cap > 0, got soft_cap={soft_cap}; None is no cap")
-    if implementation not in (None, "reference", "xla"):
+    if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(
-            "flash_attention: needs implementation 'reference', 'xla' or None, "
+            f"flash_attention: needs implementation to be one of {', '.join(get_args(Implementation))}, "
             f"got implementation={implementation!r}; None picks the best"
         )
     groups, heads = k.shape[2], q.shape[2]
@@ -123,7 +125,7 @@ def prepare(
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rate = 0.0 if dropped is None else float(dropped.rate)
-    static = Static(mask, scale, soft_cap, rate, min(block_q, q.shape[1]), min(block_k, k.shape[1]))
+    static = Static(mask, scale, soft_cap, rate, block_q, block_k, implementation)
     return q_place, k_place, extras, static
 
 

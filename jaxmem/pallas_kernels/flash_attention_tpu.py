@@ -34,6 +34,8 @@ LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Running maximum before any key: finite, so that masked scores of -inf weigh exp2(-inf) = 0."""
 VMEM_BYTES = 64 * 2**20
 """What a program may use."""
+TILE = 512
+"""Queries and keys of a piece of a block: one piece's scores are multiplied while the weights of another are computed."""
 SPAN = 6
 """Numbers that a kernel is told of each of its own blocks, and of the other side's."""
 
@@ -147,10 +149,10 @@ class Stream:
 
 def _scores(k, qT, static: Static):
     """[C_k C_q], to the base 2, not masked; and the derivative of the soft cap, or None."""
-    s = _dot(k, qT) * static.scale
+    s = _dot(k, qT)
     if static.soft_cap is None:
-        return s * LOG2_E, None
-    bent = jnp.tanh(s / static.soft_cap)
+        return s * (static.scale * LOG2_E), None
+    bent = jnp.tanh(s * (static.scale / static.soft_cap))
     return (LOG2_E * static.soft_cap) * bent, 1 - bent * bent
 
 
@@ -158,6 +160,10 @@ def _dot(a, b):
     exact = a.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _tiles(size: int) -> list[slice]:
+    return [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
 
 
 def _column(row: Int[Array, "1 C"]) -> Int[Array, "C 1"]:
@@ -170,7 +176,7 @@ def _forward_kernel(
     *, static: Static, n_q: int, n_k: int, repeats: int,
 ):  # fmt: skip
     b, h, i = (pl.program_id(axis) for axis in range(3))
-    g, size = h // repeats, static.block_k
+    g, size = jax.lax.div(h, repeats), static.block_k
     mine = _read(q_spans, b, i, n_q)
     acc[...], total[...] = jnp.zeros_like(acc), jnp.zeros_like(total)
     top[...] = jnp.full_like(top, LOWEST)
@@ -181,24 +187,39 @@ def _forward_kernel(
         return k_hbm.at[b, g, tokens], vT_hbm.at[b, g, :, tokens], of_row(k_index_hbm), of_row(k_segment_hbm)
 
     def fold(n, slot):
-        def attend(s):  # [C_k C_q]
-            new_top = jnp.maximum(top[...], jnp.max(s, axis=0, keepdims=True))
-            p, fade = jnp.exp2(s - new_top), jnp.exp2(top[...] - new_top)
-            total[...] = fade * total[...] + jnp.sum(p, axis=0, keepdims=True)
-            acc[...] = fade * acc[...] + _dot(vT_buffer[slot], p.astype(vT_buffer.dtype))
-            top[...] = new_top
+        def attend(masked):
+            tiles = [(queries, keys) for keys in _tiles(size) for queries in _tiles(static.block_q)]
+            score = lambda queries, keys: _scores(k_buffer[slot, keys], qT[0, 0, :, queries], static)[0]
+            state = {q.start: (top[:, q], total[:, q], acc[:, q]) for q in _tiles(static.block_q)}
+            following = score(*tiles[0])
+            for here, (queries, keys) in enumerate(tiles):
+                s = masked(following, keys, queries)  # [C_k C_q]
+                if here + 1 < len(tiles):
+                    following = score(*tiles[here + 1])
+                old_top, weight, o = state[queries.start]
+                new_top = jnp.maximum(old_top, jnp.max(s, axis=0, keepdims=True))
+                p, fade = jnp.exp2(s - new_top), jnp.exp2(old_top - new_top)
+                weight = fade * weight + jnp.sum(p, axis=0, keepdims=True)
+                o = fade * o + _dot(vT_buffer[slot, :, keys], p.astype(vT_buffer.dtype))
+                state[queries.start] = new_top, weight, o
+            for queries in _tiles(static.block_q):
+                top[:, queries], total[:, queries], acc[:, queries] = state[queries.start]
 
-        s, _ = _scores(k_buffer[slot], qT[0, 0], static)
         whole = sees_all(static.mask, mine, _read(k_spans, b, mine.first + n, n_k))
 
         @pl.when(whole)
         def _():
-            attend(s)
+            attend(lambda s, keys, queries: s)
 
         @pl.when(~whole)
         def _():
-            keys = Place(_column(k_index_buffer[slot]), _column(k_segment_buffer[slot]))
-            attend(jnp.where(visible(static.mask, Place(q_index[0], q_segment[0]), keys), s, -jnp.inf))
+            index, segment = _column(k_index_buffer[slot]), _column(k_segment_buffer[slot])
+
+            def masked(s, keys, queries):
+                q, k = Place(q_index[0, :, queries], q_segment[0, :, queries]), Place(index[keys], segment[keys])
+                return jnp.where(visible(static.mask, q, k), s, -jnp.inf)
+
+            attend(masked)
 
     buffers = k_buffer, vT_buffer, k_index_buffer, k_segment_buffer
     Stream(sources, buffers, semaphores).run(mine.end - mine.first, fold)
@@ -218,11 +239,12 @@ def _backward_kernel(
     size = static.block_q
     mine = _read(k_spans, b, j, n_k)
     n_blocks = mine.end - mine.first
+    some = jnp.maximum(n_blocks, 1)
     dk[...], dv[...] = jnp.zeros_like(dk), jnp.zeros_like(dv)
 
     def block(n):
         """(query head, block of queries) of turn n."""
-        return g * repeats + n // jnp.maximum(n_blocks, 1), mine.first + jax.lax.rem(n, jnp.maximum(n_blocks, 1))
+        return g * repeats + jax.lax.div(n, some), mine.first + jax.lax.rem(n, some)
 
     def sources(n):
         h, i = block(n)
@@ -300,8 +322,8 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, value, n_q * size_q), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, 1, n_q * size_q), jnp.float32),
+            _fp32(q, batch, heads, value, n_q * size_q),
+            _fp32(q, batch, heads, 1, n_q * size_q),
         ],
         compiler_params=_parameters("parallel"),
         cost_estimate=_cost(x, n_products=2),
@@ -369,9 +391,9 @@ def gradients(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, width, n_q * size_q), jnp.float32),
-            jax.ShapeDtypeStruct((batch, groups, n_k * size_k, width), jnp.float32),
-            jax.ShapeDtypeStruct((batch, groups, n_k * size_k, value), jnp.float32),
+            _fp32(q, batch, heads, width, n_q * size_q),
+            _fp32(q, batch, groups, n_k * size_k, width),
+            _fp32(q, batch, groups, n_k * size_k, value),
         ],
         input_output_aliases={13: 0},
         compiler_params=_parameters("arbitrary"),  # blocks of keys add to the same dq
@@ -380,7 +402,7 @@ def gradients(
         **call,
     )(
         x.q_spans, x.k_spans, x.k, x.v, x.k.mT, *x.k_rows, x.q, x.q.mT, do, do.mT, rows, places,
-        jnp.zeros((batch, heads, width, n_q * size_q), jnp.float32),
+        jnp.zeros_like(x.q.mT, jnp.float32),
     )  # fmt: skip
     back = lambda a, n_tokens: a.transpose(0, 2, 1, 3)[:, :n_tokens]
     return back(dqT.mT, q.shape[1]), back(dk, k.shape[1]), back(dv, k.shape[1]), None
@@ -405,13 +427,23 @@ class Arranged(NamedTuple):
     sizes: tuple[int, int]
 
 
-def _arrange(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Arranged:
-    mask = static.mask
+def why_not(k_place: Place, extras: Extras, static: Static) -> str | None:
+    """What these kernels lack for such attention; None: nothing."""
     if extras.relative is not None or extras.seeds is not None:
-        raise NotImplementedError("flash_attention: 'pallas_tpu' has no relative positions and no dropout; use 'xla'")
+        return "relative positions or dropout"
+    if k_place.prefix is not None and (static.mask.window is not None or static.mask.chunk is not None):
+        return "a prefix with a window or chunk"
+    return None
+
+
+def _arrange(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Arranged:
+    mask, lacking = static.mask, why_not(k_place, extras, static)
+    static = static.with_blocks(1024, 1024)
+    if lacking is not None:
+        raise NotImplementedError(
+            f"flash_attention: needs an implementation with {lacking}, got 'pallas_tpu'; use 'xla'"
+        )
     if k_place.prefix is not None:
-        if mask.window is not None or mask.chunk is not None:
-            raise NotImplementedError("flash_attention: 'pallas_tpu' has no prefix with a window or chunk; use 'xla'")
         k_place = Place(jnp.where(k_place.prefix, -1, k_place.index), k_place.segment)  # in front of every query
     sizes = tuple(min(size, -(-x.shape[1] // 128) * 128) for size, x in ((static.block_q, q), (static.block_k, k)))
     for name, size in zip(("block_q", "block_k"), sizes, strict=True):
@@ -450,6 +482,11 @@ def _flat_spans(mask: Mask, q: Place, k: Place, sizes: tuple[int, int]) -> dict[
 def _fill(x: Array, size: int, axis: int) -> Array:
     """Zeros behind the last token, up to whole blocks."""
     return jnp.pad(x, [(0, -x.shape[a] % size if a == axis else 0) for a in range(x.ndim)])
+
+
+def _fp32(like: Array, *shape: int) -> jax.ShapeDtypeStruct:
+    """A result that varies over the same mesh axes as `like`."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def _parameters(of_blocks: str) -> pltpu.CompilerParams:

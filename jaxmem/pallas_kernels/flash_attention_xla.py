@@ -26,8 +26,9 @@ from jaxmem.pallas_kernels.masks import Extent, Place, extent, may_see
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped
 
 
-def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static):
+def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Partial:
     """(o [B T H V], lse [B T H]) in fp32."""
+    static = _sized(static, q, k)
     queries, keys, extents = _prepare(q, k, v, q_place, k_place, static)
 
     def attend(query):
@@ -56,14 +57,14 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
         return o / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
     o, lse = (_ungrouped(x, q.shape[1]) for x in jax.lax.map(attend, queries))
-    return o, lse[..., 0]
+    return Partial(o, lse[..., 0])
 
 
 def gradients(
     q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial, cotangents: Partial, static: Static
 ):
     """(dq, dk, dv, d_relative or None) in fp32, in one pass over the visible pairs of blocks."""
-    (o, lse), (do, dlse) = result, cotangents
+    static, (o, lse), (do, dlse) = _sized(static, q, k), result, cotangents
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0.0, jnp.sum(do * o, axis=-1) - dlse)
     lse = jnp.where(empty, 0.0, lse)
@@ -104,6 +105,11 @@ def gradients(
     d_relative = None if extras.relative is None else _fp32_like(extras.relative, k.shape[-1])
     ((dk, dv), d_relative), dq = jax.lax.scan(pull_back, (zeros, d_relative), (queries, do, delta, lse))
     return _ungrouped(dq, q.shape[1]), dk[:, : k.shape[1]], dv[:, : k.shape[1]], d_relative
+
+
+def _sized(static: Static, q: Float[Array, "B T H K"], k: Float[Array, "B S G K"]) -> Static:
+    static = static.with_blocks(128, 128)
+    return static._replace(block_q=min(static.block_q, q.shape[1]), block_k=min(static.block_k, k.shape[1]))
 
 
 def _by_distance(q: Float[Array, "B G R C K"], extras: Extras) -> Float[Array, "B G R C L"] | None:

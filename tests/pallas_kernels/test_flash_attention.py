@@ -172,7 +172,10 @@ ERRORS = {
         {"relative": jnp.ones((4, 3, 8)), "mask": Mask(causal=False)},
         r"needs a causal mask with relative positions, got Mask\(.*; they have no distances ahead",
     ),
-    "implementation": ({"implementation": "cuda"}, r"needs implementation 'reference', 'xla' or None, got .*'cuda'"),
+    "implementation": (
+        {"implementation": "cuda"},
+        r"needs implementation to be one of reference, xla, .*, got .*'cuda'",
+    ),
 }
 
 

@@ -1,0 +1,119 @@
+"""The TPU's kernels on fake devices, with races detected: values and gradients against the blocks of XLA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import B, assert_close, make, values_and_gradients
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxmem.pallas_kernels.flash_attention import flash_attention
+from jaxmem.pallas_kernels.flash_attention_tpu import Stream, sees_all, spans, visible
+from jaxmem.pallas_kernels.masks import Mask, Place
+
+T = 300
+"""Two whole blocks of 128 and one that is filled up."""
+CASES = {
+    "causal packed grouped": {
+        "mask": "causal",
+        "rows": "packed",
+        "heads": (4, 2),
+        "widths": (8, 16),
+        "blocks": (128, 128),
+    },
+    "window padded": {"mask": "window 150", "rows": "padded", "heads": (2, 2), "blocks": (256, 128)},
+    "chunks": {"mask": "chunks of 130", "rows": "one document", "heads": (2, 1), "blocks": (128, 256)},
+    "prefix capped": {"mask": "prefix", "rows": "packed", "heads": (2, 2), "soft_cap": 2.0, "blocks": (128, 128)},
+    "full with sinks": {"mask": "full", "rows": "padded", "heads": (2, 2), "sinks": True, "blocks": (128, 128)},
+}
+MASKS = {"window 150": Mask(window=150), "chunks of 130": Mask(chunk=130)}
+
+
+@pytest.fixture
+def fake_tpu():
+    parameters = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", dma_execution_mode="on_wait"
+    )
+    with pltpu.force_tpu_interpret_mode(parameters):
+        yield
+
+
+def races_found():
+    return interpret_pallas_call.races.races_found
+
+
+def case(mask, **changes):
+    arrays, options, cotangents = make("causal" if mask in MASKS else mask, n_tokens=T, **changes)
+    return arrays, options | {"mask": MASKS.get(mask, options["mask"])}, cotangents
+
+
+@pytest.mark.usefixtures("fake_tpu")
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "causal packed grouped" else pytest.mark.slow) for n in CASES]
+)
+def test_kernels_are_the_blocks_of_xla(name):
+    arguments = case(**CASES[name])
+    got = jax.device_get(values_and_gradients(*arguments, implementation="pallas_tpu"))
+    assert not races_found()
+    assert_close(got, values_and_gradients(*arguments, implementation="xla"), 5e-6)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window 150", "chunks of 130", "full"])
+@pytest.mark.parametrize("rows", ["one document", "packed", "padded"])
+def test_only_pairs_that_all_see_each_other_are_not_masked(mask, rows):
+    _, options, _ = case(mask, rows=rows)
+    mask, size = options["mask"], 12
+    blocks = lambda place: Place(*(np.asarray(x).reshape(B, -1, size) for x in place[:2]))
+    q, k = blocks(options["q_place"]), blocks(options["k_place"])
+    q = q._replace(segment=np.where(q.segment == 0, -1, q.segment))
+    q_span, k_span = spans(mask, jax.tree.map(jnp.asarray, q), jax.tree.map(jnp.asarray, k))
+    pair = lambda x, axis: jax.tree.map(lambda a: jnp.expand_dims(a, axis), x)
+    all_see = sees_all(mask, pair(q_span, 2), pair(k_span, 1))
+    rows_of_q = jax.tree.map(lambda x: jnp.asarray(x)[:, :, None, None, :], q)
+    columns_of_k = jax.tree.map(lambda x: jnp.asarray(x)[:, None, :, :, None], k)
+    seen = np.asarray(visible(mask, rows_of_q, columns_of_k))  # [B N M C_k C_q]
+    assert not np.any(np.asarray(all_see) & ~seen.all(axis=(-1, -2)))
+    if rows == "one document":
+        np.testing.assert_array_equal(all_see, seen.all(axis=(-1, -2)))
+    m = np.arange(k.index.shape[1])
+    within = (m >= np.asarray(q_span.first)[..., None]) & (m < np.asarray(q_span.end)[..., None])
+    assert not np.any(seen.any(axis=(-1, -2)) & ~within)
+    n = np.arange(q.index.shape[1])
+    within = (n >= np.asarray(k_span.first)[..., None]) & (n < np.asarray(k_span.end)[..., None])
+    assert not np.any(seen.any(axis=(-1, -2)) & ~within.swapaxes(1, 2))
+
+
+@pytest.mark.usefixtures("fake_tpu")
+def test_the_detector_finds_a_stream_that_does_not_wait(monkeypatch):
+    """A control: the same numbers may come out, and the race is found."""
+    monkeypatch.setattr(Stream, "wait", lambda self, n, slot: None)
+    arguments = case("causal", heads=(1, 1), blocks=(128, 128))
+    try:
+        jax.block_until_ready(values_and_gradients(*arguments, implementation="pallas_tpu"))
+    except Exception as error:  # a semaphore that is not 0 at the end
+        assert "semaphore" in str(error).lower()
+    else:
+        assert races_found()
+
+
+ERRORS = {
+    "relative": (
+        {"relative": 5},
+        NotImplementedError,
+        r"with relative positions or dropout, got 'pallas_tpu'; use 'xla'",
+    ),
+    "block": (
+        {"blocks": (100, 128)},
+        ValueError,
+        r"'pallas_tpu' needs block_q divisible by 128, got block_q=100; change it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    changes, kind, text = ERRORS[name]
+    arrays, options, _ = case("causal", **changes)
+    with pytest.raises(kind, match=text):
+        flash_attention(**arrays, **options, implementation="pallas_tpu")
