@@ -5,7 +5,11 @@ import itertools
 import os
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Unoptimised code compiles faster, and what tests ask is no matter of optimisation. The caller's flags stand last and win.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -23,6 +27,7 @@ SHARING = ("test_loop.py", "test_generation.py", "test_decoder.py")
 """Files whose tests share a trained run or compiled programs."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests that share something, as the laws of one mixer do, run in one process."""
     for item in items:

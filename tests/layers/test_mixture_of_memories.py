@@ -33,7 +33,6 @@ CONFIGS = {
     "top-1": dataclasses.replace(PUBLISHED, shared_memory=False, top_k=1),
     "all": dataclasses.replace(PUBLISHED, top_k=4, n_memories=4, shared_memory=False, single_kv=True),
 }
-program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
 def choices(config, p, x):
@@ -86,7 +85,7 @@ def read(config, p, x, m):
     return jax.lax.scan(step, empty, (q, k, v, g, jax.nn.sigmoid(x @ weight["write"][m])))[1]
 
 
-@functools.partial(program, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(f, p, x, weight):
     y, pull = jax.vjp(f, p, x)
     return y, pull(weight)
@@ -96,7 +95,7 @@ def value_and_gradients(f, p, x, weight):
 def sample(name):
     """(config, f(parameters, x) that is the layer, parameters as a dict)."""
     config = CONFIGS[name]
-    graph, state = nnx.split(program(lambda: config.make(D, rngs=nnx.Rngs(0)))())
+    graph, state = nnx.split(jax.jit(lambda: config.make(D, rngs=nnx.Rngs(0)))())
 
     def layer(parameters, x):
         return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, parameters)))(x)[0]
@@ -111,7 +110,7 @@ def relative_rms(got, want):
 
 
 @pytest.mark.parametrize(
-    "name", ["published", *(pytest.param(n, marks=pytest.mark.slow) for n in ("single-kv", "top-1")), "all"]
+    "name", ["published", *(pytest.param(n, marks=pytest.mark.slow) for n in ("single-kv", "top-1", "all"))]
 )
 def test_values_and_gradients_against_the_equations(name):
     config, layer, p = sample(name)
@@ -150,7 +149,7 @@ INSIDE = {
 def test_one_memory_is_the_recurrence_inside(inner):
     config = MixtureOfMemoriesConfig(inner, n_memories=1, top_k=1, shared_memory=False)
 
-    @program
+    @jax.jit
     def both(x):
         mixture, one = (c.make(D, rngs=nnx.Rngs(0)) for c in (config, inner))
         for kind in ("weight", "down", "bias", "mix"):
@@ -172,8 +171,8 @@ def test_one_memory_is_the_recurrence_inside(inner):
 def test_a_memory_is_untouched_by_tokens_that_do_not_go_there():
     """Neither decayed nor shifted: tokens that all choose memory 1 leave 0, 2 and 3 bit by bit as they were."""
     config, _, _ = sample("published")
-    layer = program(lambda: config.make(D, rngs=nnx.Rngs(0)))()
-    call = program(lambda layer, x, state: layer(x, state))
+    layer = jax.jit(lambda: config.make(D, rngs=nnx.Rngs(0)))()
+    call = jax.jit(lambda layer, x, state: layer(x, state))
     x = jax.random.normal(jax.random.key(0), (B, T, D))
     _, before = call(layer, x, layer.init_state(B))
     layer.router[...] = jnp.zeros_like(layer.router[...]).at[0, 1].set(1.0).at[0, 3].set(0.5)  # 1 then 3, if x_0 > 0
@@ -262,8 +261,8 @@ def test_load_balancing_gradient_comes_through_probabilities_of_real_tokens_only
 
 def test_router_use_adds_up_over_calls():
     config, _, _ = sample("published")
-    layer = program(lambda: config.make(D, rngs=nnx.Rngs(0)))()
-    call = program(lambda layer, x, ids, state: layer(x, state, segment_ids=ids)[1])
+    layer = jax.jit(lambda: config.make(D, rngs=nnx.Rngs(0)))()
+    call = jax.jit(lambda layer, x, ids, state: layer(x, state, segment_ids=ids)[1])
     x, ids = jax.random.normal(jax.random.key(0), (B, T, D)), jnp.array([[1] * T, [1] * 4 + [0] * (T - 4)])
     state = call(layer, x, ids, call(layer, x, ids, layer.init_state(B)))
     for use, share in ((state.router.chosen, config.top_k), (state.router.probability, 1)):
@@ -274,7 +273,7 @@ def test_one_program_serves_all_routings_without_the_host():
     config, layer, p = sample("published")
     traces = []
 
-    @program
+    @jax.jit
     def call(p, x):
         traces.append(1)
         return layer(p, x)

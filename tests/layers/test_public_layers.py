@@ -18,8 +18,6 @@ from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
 from jaxmem.layers.linear_attention import LightningAttentionConfig
 from jaxmem.layers.mamba import Mamba2Config, MambaConfig
 
-program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
-
 
 def into(weight, *shape):
     """[H*K, D] of a projection into heads: [D, H, K]."""
@@ -205,7 +203,7 @@ def relative_rms(got, want):
     return np.sqrt(np.mean((got - want) ** 2)) / np.sqrt(np.mean(want**2))
 
 
-@functools.partial(program, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(f, p, x, weight):
     y, pull = jax.vjp(f, p, x)
     return y, pull(weight)

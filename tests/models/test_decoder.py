@@ -20,7 +20,6 @@ B, T, VOCAB = 2, 12, 50
 GDN = GatedDeltaNetConfig(2, 4, 4, chunk_tokens=8)
 MIXERS = (MixtureOfMemoriesConfig(GDN), GDN, AttentionConfig(2), AttentionConfig(2, window=3))
 PACKED = jnp.array([[1] * 5 + [2] * 7, [1] * 2 + [2] * 7 + [0] * 3])
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def decoder(pattern=MIXERS, repeats=2, **options):
@@ -29,7 +28,7 @@ def decoder(pattern=MIXERS, repeats=2, **options):
 
 @cache
 def make(config):
-    return jit(lambda: config.make(rngs=nnx.Rngs(0)))()
+    return jax.jit(lambda: config.make(rngs=nnx.Rngs(0)))()
 
 
 def make_tokens(seed=0, shape=(B, T)):
@@ -85,7 +84,7 @@ def unrolled(model, tokens, segment_ids):
 def test_the_scan_is_the_loop_in_values_states_and_gradients():
     config = decoder((GDN, AttentionConfig(2)))
 
-    @partial(jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0)
     def run(call, model):
         def loss(model):
             x, state = call(model, make_tokens(), PACKED)
@@ -106,7 +105,9 @@ def remats():
         config = dataclasses.replace(config, d_ffn=512)
         model, tokens = make(dataclasses.replace(config, remat="nothing")), make_tokens(shape=(4, 128))
         model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda c=config: c.make(rngs=nnx.Rngs(0)))), nnx.state(model))
-        program = jit(jax.value_and_grad(lambda model, tokens: jnp.sum(jnp.sin(model(tokens)[0])))).lower(model, tokens)
+        program = jax.jit(jax.value_and_grad(lambda model, tokens: jnp.sum(jnp.sin(model(tokens)[0])))).lower(
+            model, tokens
+        )
         program = program.compile()
         value, gradients = program(model, tokens)
         found[policy] = (value, nnx.state(gradients)), program.memory_analysis().temp_size_in_bytes
@@ -124,7 +125,7 @@ def test_remat_of_blocks_saves_the_memory_of_their_insides(remats):
 
 
 def test_prefill_and_decoding_are_the_whole():
-    @jit
+    @jax.jit
     def run(model, tokens, segment_ids):
         empty = model.init_state(B, capacity=T)
         whole = model(tokens, empty, segment_ids=segment_ids)
@@ -146,7 +147,7 @@ def test_prefill_and_decoding_are_the_whole():
 
 
 def test_packed_documents_are_separate_documents():
-    @jit
+    @jax.jit
     def run(model, tokens):
         packed, _ = model(tokens, segment_ids=PACKED[:1])
         return packed, jnp.concatenate([model(tokens[:, :5])[0], model(tokens[:, 5:])[0]], axis=1)
@@ -157,7 +158,7 @@ def test_packed_documents_are_separate_documents():
 def test_the_past_does_not_feel_the_future():
     tokens = jnp.arange(T)[None]  # every token once: the rows of its table are the places of the sequence
 
-    @jit
+    @jax.jit
     def past_and_gradient(model, tokens):
         def past(model):
             x = model(tokens)[0][:, :5]
@@ -194,7 +195,7 @@ def test_bf16_is_near_fp32_and_remembers_in_fp32():
     model = make(decoder(pattern))
     half = nnx.merge(nnx.graphdef(make(decoder(pattern, dtype="bfloat16"))), nnx.state(model))
 
-    @jit
+    @jax.jit
     def run(model, tokens):
         x, state = model(tokens)
         return x, state, model.logits(x)

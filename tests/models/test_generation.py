@@ -1,6 +1,5 @@
 """Generation: the text of a model without state, in constant memory, on any mesh and in any pieces."""
 
-import functools
 import gc
 import re
 from functools import cache
@@ -28,19 +27,9 @@ BOUNDED = (MIXTURE, AttentionConfig(2, window=6))
 HYBRID = (*BOUNDED, AttentionConfig(2), GatedDeltaNetConfig(2, 8, 8, chunk_tokens=8))
 
 
-@pytest.fixture(scope="module")
-def quickly_compiled():
-    """The two programs, unoptimised: they run for milliseconds and compile for seconds."""
-    jit = functools.partial(jax.jit, donate_argnames="state", compiler_options={"xla_backend_optimization_level": 0})
-    read, step = generation._read.__wrapped__, generation._step.__wrapped__
-    return jit(read), jit(step, static_argnames="sampling")
-
-
 @pytest.fixture(autouse=True)
-def short_pieces(monkeypatch, quickly_compiled):
+def short_pieces(monkeypatch):
     monkeypatch.setattr(generation, "PREFILL_TOKENS", PIECE)
-    for name, program in zip(("_read", "_step"), quickly_compiled, strict=True):
-        monkeypatch.setattr(generation, name, program)
 
 
 @cache

@@ -18,7 +18,6 @@ from jaxmem.recurrences.products import add_up, dot, widen
 from jaxmem.recurrences.triangular import unit_lower_inverse
 
 B, T, H, K, V = 2, 37, 2, 8, 12
-program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
 def recurrence(q, k, v, g, beta, state):
@@ -35,7 +34,7 @@ def recurrence(q, k, v, g, beta, state):
     return jnp.moveaxis(o, 0, 1), state
 
 
-@functools.partial(program, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def outputs_and_gradients(rule, inputs, weight):
     """rule(*inputs), and the gradients in all of them of the sum of weight * outputs."""
     outputs, pull = jax.vjp(rule, *inputs)
@@ -98,7 +97,7 @@ def test_write_strength_one_replaces_and_zero_does_nothing(rule):
             read = jnp.einsum("bhkv,bhk->bhv", got[0][1], k[:, -1])
             np.testing.assert_allclose(read, v[:, -1], atol=1e-5)
     idle = q, k, v, np.zeros_like(g), np.zeros_like(beta), state
-    np.testing.assert_array_equal(program(rule)(*idle)[1], state)
+    np.testing.assert_array_equal(jax.jit(rule)(*idle)[1], state)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -195,8 +194,8 @@ def test_chunks_of_several_memories_are_folded_each_into_its_own():
     x, visits = (q, k, v, g, beta), np.array([[0, 1, 0, 2], [2, 2, 2, 0]])
     memories = np.random.default_rng(5).normal(size=(B, 4, H, K, V)).astype(np.float32)
     make = lambda x: gated_delta_streams(*x, scale=1.0)
-    o, after = program(functools.partial(chunks, make))(x, memories, visits)
-    rule = program(functools.partial(implementation("reference"), scale=1.0))
+    o, after = jax.jit(functools.partial(chunks, make))(x, memories, visits)
+    rule = jax.jit(functools.partial(implementation("reference"), scale=1.0))
     want, o_want = memories.copy(), np.zeros_like(v)
     for row in range(B):
         for n, memory in enumerate(visits[row]):
@@ -211,9 +210,9 @@ def test_chunks_of_several_memories_are_folded_each_into_its_own():
 def test_default_arguments():
     """No state is an empty one, the scale is K^-0.5, and o is of the dtype of v with a state in fp32."""
     (*inputs, state), _ = make_inputs()
-    o, after = program(gated_delta_rule)(*inputs)
+    o, after = jax.jit(gated_delta_rule)(*inputs)
     for name in ("reference", "xla"):
-        want = program(functools.partial(implementation(name), scale=K**-0.5))(*inputs, jnp.zeros_like(state))
+        want = jax.jit(functools.partial(implementation(name), scale=K**-0.5))(*inputs, jnp.zeros_like(state))
         assert max(map(relative_rms, (o, after), want)) < 1e-6
     o, after = jax.eval_shape(gated_delta_rule, *(a.astype(jnp.bfloat16) for a in inputs))
     assert (o.dtype, after.dtype) == (jnp.bfloat16, jnp.float32)

@@ -15,8 +15,6 @@ from jaxmem.layers.gated_delta_net import log_decay
 from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
 from jaxmem.recurrences import decay_only, delta, elementwise
 
-program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
-
 RULES = {
     "fla": {
         "linear_attention": decay_only.linear_attention,
@@ -70,7 +68,7 @@ def recordings(source):
     return found
 
 
-@functools.partial(program, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def outputs_and_gradients(rule, implementation, inputs, constants, weights):
     """What was recorded of rule's (o, state), and the gradients in all inputs of the sum of weights * outputs."""
 

@@ -14,7 +14,6 @@ import pytest
 from jaxmem.recurrences import decay_only, delta, elementwise, state_space
 
 B, T, H, G, K, V, D, N, STEPS = 2, 43, 4, 2, 8, 6, 5, 3, 3
-program = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
 class Shape(NamedTuple):
@@ -320,7 +319,7 @@ def by_equations(name, ids, **inputs):
     return jnp.moveaxis(o, 0, 1), state
 
 
-@functools.partial(program, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def outputs_and_gradients(rule, name, ids, inputs, weight):
     """rule(...), and the gradients in all inputs of the sum of weight * outputs."""
     outputs, pull = jax.vjp(lambda inputs: rule(name, ids, **inputs), inputs)
@@ -496,7 +495,7 @@ def test_identities(pair):
     for name in ("q", "k"):
         x = rng.normal(size=(B, T, H, K))
         inputs[name] = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
-    one, other = (program(functools.partial(call, chunk_tokens=16))(inputs) for call in pair)
+    one, other = (jax.jit(functools.partial(call, chunk_tokens=16))(inputs) for call in pair)
     assert_close(one, other, tolerance=2e-6)
 
 
@@ -508,7 +507,7 @@ def test_a_state_space_is_a_convolution(name):
     weight = np.random.default_rng(1).normal(size=inputs["x"].shape).astype(np.float32)
     kernel = getattr(state_space, f"{name}_kernel")
 
-    @program
+    @jax.jit
     def both(inputs):
         def convolution(x, d, **system):
             return state_space.causal_convolution(x, kernel(**system, n_tokens=T)) + d * x
@@ -524,7 +523,7 @@ def test_hippo_recognises_a_constant():
     """The coefficients of 1 in Legendre polynomials are 1, 0, 0, ...: the state that LegS comes to, at any step size."""
     a, b = state_space.hippo_legs(16)
     dt, c, x = jnp.array([0.03, 0.1, 1.0]), jnp.zeros((3, 16)), jnp.ones((1, 1024, 3))
-    _, state = program(state_space.linear_state_space)(x, dt, a, b, c)
+    _, state = jax.jit(state_space.linear_state_space)(x, dt, a, b, c)
     np.testing.assert_allclose(state[0], np.eye(16)[[0, 0, 0]], atol=1e-5)
 
 

@@ -18,7 +18,6 @@ from jaxmem.training.evaluation import EvalStep, evaluate, make_eval_step
 from jaxmem.training.placement import on_mesh
 
 B, T, VOCAB = 8, 12, 64
-FAST = {"xla_backend_optimization_level": 0}
 MODEL = DecoderConfig(
     d_model=16,
     d_ffn=16,
@@ -116,12 +115,12 @@ def test_nothing_to_read(batches):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.device_get(jax.jit(lambda: nnx.state(MODEL.make(rngs=nnx.Rngs(0)), nnx.Param), compiler_options=FAST)())
+    return jax.device_get(jax.jit(lambda: nnx.state(MODEL.make(rngs=nnx.Rngs(0)), nnx.Param))())
 
 
 @pytest.fixture(scope="module")
 def eval_step():
-    return jax.jit(make_eval_step(MODEL), compiler_options=FAST)
+    return jax.jit(make_eval_step(MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ def test_rows_of_padding_that_fill_a_batch_do_not_count(params, eval_step, real)
 def test_a_mesh_finds_the_same(params, real):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     with use_mesh(mesh):
-        step = jax.jit(make_eval_step(MODEL), compiler_options=FAST)
+        step = jax.jit(make_eval_step(MODEL))
         is_param = lambda node: isinstance(node, nnx.Variable)
         place = lambda node: node.replace(jax.device_put(node[...], param_spec(node.axes, node.shape)))
         placed = jax.tree.map(place, params, is_leaf=is_param)

@@ -30,20 +30,13 @@ SAVED = (3, 6, 8)
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Runs of one config share their compiled functions, which are compiled quickly: bits do not depend on how well."""
+    """Runs of one config share their compiled functions."""
     make_train_step = functools.cache(loop.make_train_step)
 
     def without_saves(config):
         return dataclasses.replace(config, checkpoint=CheckpointConfig())
 
-    class QuickJax:
-        jit = staticmethod(functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0}))
-
-        def __getattr__(self, name):
-            return getattr(jax, name)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "jax", QuickJax())
         patch.setattr(loop, "make_train_step", lambda config: make_train_step(without_saves(config)))
         patch.setattr(loop, "make_eval_step", functools.cache(loop.make_eval_step))
         yield
