@@ -433,6 +433,8 @@ def why_not(k_place: Place, extras: Extras, static: Static) -> str | None:
         return "relative positions or dropout"
     if k_place.prefix is not None and (static.mask.window is not None or static.mask.chunk is not None):
         return "a prefix with a window or chunk"
+    if (static.block_q or 0) % 128 or (static.block_k or 0) % 128:
+        return f"blocks that 128 does not divide, such as {static.block_q} x {static.block_k}"
     return None
 
 
@@ -446,11 +448,6 @@ def _arrange(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: St
     if k_place.prefix is not None:
         k_place = Place(jnp.where(k_place.prefix, -1, k_place.index), k_place.segment)  # in front of every query
     sizes = tuple(min(size, -(-x.shape[1] // 128) * 128) for size, x in ((static.block_q, q), (static.block_k, k)))
-    for name, size in zip(("block_q", "block_k"), sizes, strict=True):
-        if size % 128:
-            raise ValueError(
-                f"flash_attention: 'pallas_tpu' needs {name} divisible by 128, got {name}={size}; change it"
-            )
     heads_first = lambda x, size: _fill(x.transpose(0, 2, 1, 3), size, axis=2)
     q_place, k_place = (
         Place(*(_fill(x.astype(jnp.int32), size, axis=1) for x in (place.index, place.segment)))

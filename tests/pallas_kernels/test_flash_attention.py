@@ -78,7 +78,7 @@ def test_the_past_does_not_depend_on_the_future(implementation):
 def test_rows_that_see_nothing():
     arrays, options, cotangents = make(rows="padded")
     for implementation in ("reference", "xla"):
-        got = values_and_gradients(arrays, options, cotangents, implementation)
+        got = values_and_gradients(arrays, options, cotangents, implementation=implementation)
         nowhere = np.asarray(options["q_place"].segment == 0)
         assert np.all(np.asarray(got["lse"])[nowhere] == -np.inf)
         for name in ("o", "d_q", "d_k", "d_v"):
