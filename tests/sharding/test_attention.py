@@ -87,20 +87,24 @@ def quick(cases, every):
         yield pytest.param(case, id=name(case), marks=() if i % every == 0 else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("case", list(quick(CASES, every=8)))
+@pytest.mark.parametrize("case", list(quick(CASES, every=10)))
 def test_eight_devices_are_one(case):
     case = dict(case)
     scheme, layout = SCHEMES[case.pop("scheme")], case.pop("layout")
     check(make(**case, n_tokens=T), scheme, layout, n=8)
 
 
-@pytest.mark.parametrize("n", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=pytest.mark.slow), "striped"])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("contiguous", marks=pytest.mark.slow), pytest.param("zigzag", marks=pytest.mark.slow), "striped"],
+)
 def test_rings_of_any_size(n, layout):
     check(make("causal", "packed", heads=(4, 2), sinks=True, n_tokens=T), Scheme("ring"), layout, n)
 
 
-@pytest.mark.parametrize("ulysses", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ulysses", [2, 4])
 def test_the_order_of_devices_does_not_matter(ulysses):
     """Not even for rounding."""
     case = make("causal", "packed", heads=(8, 2), n_tokens=T)
