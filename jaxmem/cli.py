@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done (or stopped by a signal with all saved), 1 failed, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        commands = {"train": _train_command(argv), "generate": generate, "info": info}
+        commands = {"train": _train_command(argv), "generate": generate, "info": info, "kernels": kernels}
         return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxmem", description=_ABOUT, args=argv) or 0
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
@@ -167,3 +167,20 @@ def info(model: Positional[str], context: int = 2048) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def kernels(
+    tpu: tuple[str, ...] = ("v5p", "v6e", "tpu7x"), tokens: int = 8192, heads: int = 8, width: int = 128
+) -> None:
+    """Static cycles of the attention kernels beside JAX's splash attention, by the TPU's compiler on this machine (libtpu).
+
+    Args:
+        tpu: Generations: v5e, v5p, v6e, tpu7x.
+        tokens: Of a causal sequence.
+        heads: Of queries, keys and values.
+        width: Of a head.
+    """
+    from jaxmem.planning.kernel_report import Problem, report
+
+    for generation in tpu:
+        print(report(generation, Problem(heads, tokens, width)), flush=True)

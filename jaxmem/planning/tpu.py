@@ -1,0 +1,52 @@
+"""TPUs that are not here: the compiler of the libtpu package, and devices of a topology to compile for."""
+
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+ONE_HOST = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+"""The smallest topology of each generation."""
+WRAPPED = {
+    "v5e:16x16": (True, True, False),
+    "v6e:16x16": (True, True, False),
+    "v5e:8x16": (False, True, False),
+    "v6e:8x16": (False, True, False),
+}
+"""Slices whose links close to rings. Slices of v5p and tpu7x do in multiples of 4x4x4."""
+
+
+def environment() -> dict[str, str]:
+    """What a process that compiles for TPUs needs in its environment before it imports JAX.
+
+    Raises: RuntimeError without the libtpu package.
+    """
+    found = importlib.util.find_spec("libtpu")
+    if found is None:
+        raise RuntimeError("tpu compiler: needs the package libtpu, got none; pip install libtpu")
+    return {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_LIBRARY_PATH": os.path.join(list(found.submodule_search_locations)[0], "libtpu.so"),
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+
+
+def devices(topology: str) -> list[jax.Device]:
+    """Of a topology such as "v5p:4x4x4", or of the smallest of a generation such as "v5p"; links as wrapped as they really are.
+
+    Raises: ValueError for a name that is neither.
+    """
+    name = ONE_HOST.get(topology, topology)
+    generation, _, sizes = name.partition(":")
+    if generation not in ONE_HOST or not sizes:
+        raise ValueError(
+            f"tpu topology: needs one of {', '.join(ONE_HOST)} or such a name with sizes, e.g. v5p:4x4x4, got {topology!r}"
+        )
+    shape = [int(size) for size in sizes.split("x")]
+    whole = len(shape) == 3 and all(size % 4 == 0 for size in shape)
+    wrap = WRAPPED.get(name, (whole,) * 3)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, wrap=wrap).devices)
