@@ -165,13 +165,9 @@ def info(model: Positional[str], context: int = 2048) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def kernels(
     tpu: tuple[str, ...] = ("v5p", "v6e", "tpu7x"), tokens: int = 8192, heads: int = 8, width: int = 128
-) -> None:
+) -> int:
     """Static cycles of the attention kernels beside JAX's splash attention, by the TPU's compiler on this machine (libtpu).
 
     Args:
@@ -184,3 +180,8 @@ def kernels(
 
     for generation in tpu:
         print(report(generation, Problem(heads, tokens, width)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

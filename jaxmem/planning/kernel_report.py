@@ -98,10 +98,9 @@ def _turns(candidate: Candidate, problem: Problem, kernel: Schedule):
     programs = problem.heads * (n_k if candidate.backward else n_q)
 
     def of_ours(part: Part) -> float:
-        inner = kernel.parts[2]
-        by_size = sorted(inner.arms, key=lambda arm: arm.bundles)
-        if part in by_size:
-            return whole if part is by_size[0] else masked
+        unmasked_arm, masked_arm = sorted(kernel.parts[2].arms, key=lambda arm: arm.bundles)[-2:]
+        if part in (unmasked_arm, masked_arm):
+            return whole if part == unmasked_arm else masked
         return {0: 1, 1: programs, 2: whole + masked}.get(part.depth, programs)
 
     def of_splash(part: Part) -> float:

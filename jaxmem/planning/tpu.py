@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def devices(topology: str) -> list[jax.Device]:
-    """Of a topology such as "v5p:4x4x4", or of the smallest of a generation such as "v5p"; links as wrapped as they really are.
+    """Of a topology such as "v5p:4x4x4", or of the smallest of a generation such as "v5p"; links wrapped as they really are.
 
     Raises: ValueError for a name that is neither.
     """
