@@ -283,7 +283,7 @@ def _write(
     def put(cache: Shaped[Array, "S *rest"], new: Shaped[Array, "T *rest"], slot: Int[Array, "T"]):
         return cache.at[slot].set(new.astype(cache.dtype), mode="drop")
 
-    if n_shards(axis) == 1:
+    if axis is None:
         place = put
     else:  # every slot is written by one device at most
         written = lambda cache, x: total(put(spread(jnp.zeros_like(cache), axis), x, slot), axis)

@@ -1,5 +1,6 @@
 """What a decoder is said to cost, against the arrays it has and the products that its program holds."""
 
+import dataclasses
 import math
 
 import jax
@@ -136,7 +137,7 @@ def test_forward_flops_are_those_of_the_program(pattern):
     [("attention", (T // BLOCK + 1) / 2), ("window", 2 - BLOCK / T)],  # the first block of queries has none before it
 )
 def test_attention_visits_little_more_than_the_pairs_that_see_each_other(name, blocks):
-    config = decoder(PATTERNS[name])
+    config = decoder(tuple(dataclasses.replace(mixer, implementation="xla") for mixer in PATTERNS[name]))
     visited = counted_flops(config, while_trips=blocks)
     assert account(config, T).forward_flops < visited < 1.15 * account(config, T).forward_flops
 
