@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_LIBRARY_PATH": os.path.join(list(found.submodule_search_locations)[0], "libtpu.so"),
+        "TPU_LIBRARY_PATH": os.path.join(next(iter(found.submodule_search_locations)), "libtpu.so"),
         "TPU_ACCELERATOR_TYPE": "v5p-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
