@@ -27,6 +27,7 @@ MASKS = {
     "both ways 5": Mask(causal=False, window=5),
     "chunks of 7": Mask(chunk=7),
     "prefix": Mask(),
+    "prefix in 9": Mask(window=9),
 }
 OPTIONS = {
     "mask": list(MASKS),
@@ -42,7 +43,7 @@ OPTIONS = {
 
 
 def possible(case: dict) -> bool:
-    return case["relative"] is None or case["mask"] not in ("full", "both ways 5", "prefix")
+    return case["relative"] is None or case["mask"] not in ("full", "both ways 5", "prefix", "prefix in 9")
 
 
 def pairwise(options: dict[str, list], possible: Callable[[dict], bool] = possible) -> list[dict]:
@@ -89,7 +90,7 @@ def make(
     options = {
         "mask": MASKS[mask],
         "q_place": Place(index, segment),
-        "k_place": Place(index, segment, index % 11 < 4 if mask == "prefix" else None),
+        "k_place": Place(index, segment, index % 11 < 4 if mask.startswith("prefix") else None),
         "soft_cap": soft_cap,
         "dropped": None if rate is None else dropout(jax.random.key(7), rate, B, n_heads),
         "block_q": blocks[0],

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.pallas_kernels.masks import Mask, Place, sees
-from jaxmem.typing import Array, Float, UInt32
+from jaxmem.typing import Array, Float, Int, UInt32
 
 
 class Extras(NamedTuple):
@@ -60,8 +60,15 @@ def keep_factor(
     """0 for weights that are left out, 1 / (1 - rate) for the others: a hash of seed and both indices."""
     if seeds is None:
         return 1.0
-    of_query = _mix(seeds[..., None] + q.index.astype(jnp.uint32)[:, None, None] * jnp.uint32(0x9E3779B1))
-    bits = _mix(of_query[..., None] ^ (k.index.astype(jnp.uint32) * jnp.uint32(0x85EBCA77))[:, None, None, None])
+    return keeps(seeds[..., None, None], q.index[:, None, None, :, None], k.index[:, None, None, None, :], rate)
+
+
+def keeps(
+    seed: UInt32[Array, "*seeds"] | Int[Array, "*seeds"], q: Int[Array, "*queries"], k: Int[Array, "*keys"], rate: float
+) -> Float[Array, "*pairs"]:
+    """The same elementwise, of shapes that broadcast."""
+    seed, q, k = (x.astype(jnp.uint32) for x in (seed, q, k))
+    bits = _mix(_mix(seed + q * jnp.uint32(0x9E3779B1)) ^ (k * jnp.uint32(0x85EBCA77)))
     return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), 1 / (1 - rate), 0.0)
 
 

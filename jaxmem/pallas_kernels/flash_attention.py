@@ -83,7 +83,7 @@ def flash_attention(
       block_q, block_k: tokens per block, multiples of 128 on a TPU; "xla" works in a few arrays [B, H, block_q, block_k].
         None is 128 for "xla", 1024 for "pallas_tpu".
       implementation: "reference" is the equation in fp32 with arrays [B, H, T, S]; "xla" is blockwise; "pallas_tpu" has no
-        relative positions, dropout, or prefix with a window. None picks the best that there is when compiling for a
+        relative positions. None picks the best that there is when compiling for a
         platform. Gradients can be differentiated again with "reference" alone.
 
     Raises: ValueError if shapes do not match, blocks are not positive, relative positions would look ahead, or the

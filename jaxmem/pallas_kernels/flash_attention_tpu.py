@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels.attention_scores import Extras, Static
+from jaxmem.pallas_kernels.attention_scores import Extras, Static, keeps
 from jaxmem.pallas_kernels.masks import Extent, Mask, Place, extent, may_see
 from jaxmem.typing import Array, Bool, Float, Int
 
@@ -69,7 +69,8 @@ def visible(mask: Mask, q: Place, k: Place) -> Bool[Array, "C_k C_q"]:
     """Which key [C_k 1] a query [1 C_q] sees; padding of queries is segment -1, of keys 0."""
     seen = q.segment == k.segment
     if mask.causal:
-        seen &= k.index <= q.index
+        past = k.index <= q.index
+        seen &= past if k.prefix is None else past | (k.prefix != 0)
     if mask.window is not None:
         seen &= (q.index - k.index < mask.window) & (k.index - q.index < mask.window)
     if mask.chunk is not None:
@@ -166,13 +167,20 @@ def _tiles(size: int) -> list[slice]:
     return [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
 
 
-def _column(row: Int[Array, "1 C"]) -> Int[Array, "C 1"]:
-    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+def _rows(places: Int[Array, "P C"]) -> Place:
+    """Of queries: index and segment [1 C]."""
+    return Place(*(places[i : i + 1] for i in range(places.shape[0])))
+
+
+def _columns(places: Int[Array, "P C"]) -> Place:
+    """Of keys: index, segment, and prefix if there is one, [C 1]."""
+    column = lambda row: jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+    return Place(*(column(places[i : i + 1]) for i in range(places.shape[0])))
 
 
 def _forward_kernel(
-    q_spans, k_spans, qT, q_index, q_segment, k_hbm, vT_hbm, k_index_hbm, k_segment_hbm, oT, lse,
-    k_buffer, vT_buffer, k_index_buffer, k_segment_buffer, acc, top, total, semaphores,
+    q_spans, k_spans, seeds, qT, q_places, k_hbm, vT_hbm, k_places_hbm, oT, lse,
+    k_buffer, vT_buffer, k_places_buffer, acc, top, total, semaphores,
     *, static: Static, n_q: int, n_k: int, repeats: int,
 ):  # fmt: skip
     b, h, i = (pl.program_id(axis) for axis in range(3))
@@ -183,23 +191,27 @@ def _forward_kernel(
 
     def sources(n):
         tokens = pl.ds((mine.first + n) * size, size)
-        of_row = lambda x: x.at[b, :, tokens]
-        return k_hbm.at[b, g, tokens], vT_hbm.at[b, g, :, tokens], of_row(k_index_hbm), of_row(k_segment_hbm)
+        return k_hbm.at[b, g, tokens], vT_hbm.at[b, g, :, tokens], k_places_hbm.at[b, :, tokens]
 
     def fold(n, slot):
-        def attend(masked):
+        def attend(masked: bool):
+            needed = _tiles(size) if masked or static.rate else []
+            columns = {keys.start: _columns(k_places_buffer[slot, :, keys]) for keys in needed}
             tiles = [(queries, keys) for keys in _tiles(size) for queries in _tiles(static.block_q)]
             score = lambda queries, keys: _scores(k_buffer[slot, keys], qT[0, 0, :, queries], static)[0]
             state = {q.start: (top[:, q], total[:, q], acc[:, q]) for q in _tiles(static.block_q)}
             following = score(*tiles[0])
             for here, (queries, keys) in enumerate(tiles):
-                s = masked(following, keys, queries)  # [C_k C_q]
+                q, k = _rows(q_places[0, :, queries]), columns.get(keys.start)
+                s = jnp.where(visible(static.mask, q, k), following, -jnp.inf) if masked else following  # [C_k C_q]
                 if here + 1 < len(tiles):
                     following = score(*tiles[here + 1])
                 old_top, weight, o = state[queries.start]
                 new_top = jnp.maximum(old_top, jnp.max(s, axis=0, keepdims=True))
                 p, fade = jnp.exp2(s - new_top), jnp.exp2(old_top - new_top)
                 weight = fade * weight + jnp.sum(p, axis=0, keepdims=True)
+                if static.rate:
+                    p *= keeps(seeds[b * pl.num_programs(1) + h], q.index, k.index, static.rate)
                 o = fade * o + _dot(vT_buffer[slot, :, keys], p.astype(vT_buffer.dtype))
                 state[queries.start] = new_top, weight, o
             for queries in _tiles(static.block_q):
@@ -207,21 +219,10 @@ def _forward_kernel(
 
         whole = sees_all(static.mask, mine, _read(k_spans, b, mine.first + n, n_k))
 
-        @pl.when(whole)
-        def _():
-            attend(lambda s, keys, queries: s)
+        pl.when(whole)(lambda: attend(masked=False))
+        pl.when(~whole)(lambda: attend(masked=True))
 
-        @pl.when(~whole)
-        def _():
-            index, segment = _column(k_index_buffer[slot]), _column(k_segment_buffer[slot])
-
-            def masked(s, keys, queries):
-                q, k = Place(q_index[0, :, queries], q_segment[0, :, queries]), Place(index[keys], segment[keys])
-                return jnp.where(visible(static.mask, q, k), s, -jnp.inf)
-
-            attend(masked)
-
-    buffers = k_buffer, vT_buffer, k_index_buffer, k_segment_buffer
+    buffers = k_buffer, vT_buffer, k_places_buffer
     Stream(sources, buffers, semaphores).run(mine.end - mine.first, fold)
     empty = total[...] == 0
     divisor = jnp.where(empty, 1.0, total[...])
@@ -230,7 +231,7 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    q_spans, k_spans, k, v, kT, k_index, k_segment, q_hbm, qT_hbm, do_hbm, doT_hbm, rows_hbm, places_hbm, dqT_in,
+    q_spans, k_spans, seeds, k, v, kT, k_places, q_hbm, qT_hbm, do_hbm, doT_hbm, rows_hbm, places_hbm, dqT_in,
     dqT_hbm, dk, dv, q_buffer, qT_buffer, do_buffer, doT_buffer, rows_buffer, places_buffer, dqT_buffer, semaphores,
     write_semaphores, *, static: Static, n_q: int, n_k: int, repeats: int,
 ):  # fmt: skip
@@ -266,31 +267,29 @@ def _backward_kernel(
         return pltpu.make_async_copy(dqT_buffer.at[slot], there, write_semaphores.at[slot])
 
     def pull_back(n, slot):
-        def add(masked):
+        h, i = block(n)
+
+        def add(masked: bool):
             s, slope = _scores(k[0, 0], qT_buffer[slot], static)
-            s = masked(s)
+            if masked or static.rate:
+                queries, keys = _rows(places_buffer[slot]), _columns(k_places[0])
+            if masked:
+                s = jnp.where(visible(static.mask, queries, keys), s, -jnp.inf)
             lse, delta = rows_buffer[slot, 0:1], rows_buffer[slot, 1:2]
             p = jnp.exp2(s - lse)
-            dp = _dot(v[0, 0], doT_buffer[slot])
-            dv[0, 0] += _dot(p.astype(do_buffer.dtype), do_buffer[slot])
+            dp, kept = _dot(v[0, 0], doT_buffer[slot]), p
+            if static.rate:
+                keep = keeps(seeds[b * pl.num_programs(1) * repeats + h], queries.index, keys.index, static.rate)
+                dp, kept = keep * dp, keep * p
+            dv[0, 0] += _dot(kept.astype(do_buffer.dtype), do_buffer[slot])
             ds = p * (dp - delta) * static.scale
             ds = (ds if slope is None else ds * slope).astype(q_buffer.dtype)
             dk[0, 0] += _dot(ds, q_buffer[slot])
             dqT_buffer[slot] += _dot(kT[0, 0], ds)
 
-        _, i = block(n)
         whole = sees_all(static.mask, _read(q_spans, b, i, n_q), mine)
-
-        @pl.when(whole)
-        def _():
-            add(lambda s: s)
-
-        @pl.when(~whole)
-        def _():
-            queries = Place(places_buffer[slot, 0:1], places_buffer[slot, 1:2])
-            keys = Place(_column(k_index[0]), _column(k_segment[0]))
-            add(lambda s: jnp.where(visible(static.mask, queries, keys), s, -jnp.inf))
-
+        pl.when(whole)(lambda: add(masked=False))
+        pl.when(~whole)(lambda: add(masked=True))
         write(n, slot).start()
 
     buffers = q_buffer, qT_buffer, do_buffer, doT_buffer, rows_buffer, places_buffer, dqT_buffer
@@ -303,22 +302,22 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
     x = _arrange(q, k, v, q_place, k_place, extras, static)
     (batch, heads, groups, width, value), (n_q, n_k), (size_q, size_k) = x.shape, x.n_blocks, x.sizes
     of_q = lambda b, h, i, *_: (b, h, 0, i)
-    row_of_q = pl.BlockSpec((1, 1, size_q), lambda b, h, i, *_: (b, 0, i))
+    places_of_q = pl.BlockSpec((1, 2, size_q), lambda b, h, i, *_: (b, 0, i))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     oT, lse = pl.pallas_call(
         functools.partial(_forward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(batch, heads, n_q),
-            in_specs=[pl.BlockSpec((1, 1, width, size_q), of_q), row_of_q, row_of_q, *4 * [anywhere]],
+            in_specs=[pl.BlockSpec((1, 1, width, size_q), of_q), places_of_q, *3 * [anywhere]],
             out_specs=[pl.BlockSpec((1, 1, value, size_q), of_q), pl.BlockSpec((1, 1, 1, size_q), of_q)],
             scratch_shapes=[
                 pltpu.VMEM((2, size_k, width), k.dtype),
                 pltpu.VMEM((2, value, size_k), v.dtype),
-                *2 * [pltpu.VMEM((2, 1, size_k), jnp.int32)],
+                pltpu.VMEM((2, x.k_places.shape[1], size_k), jnp.int32),
                 pltpu.VMEM((value, size_q), jnp.float32),
                 *2 * [pltpu.VMEM((1, size_q), jnp.float32)],
-                pltpu.SemaphoreType.DMA((2, 4)),
+                pltpu.SemaphoreType.DMA((2, 3)),
             ],
         ),
         out_shape=[
@@ -329,7 +328,7 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
         cost_estimate=_cost(x, n_products=2),
         name="flash_attention_forward",
         **call,
-    )(x.q_spans, x.k_spans, x.q.mT, *x.q_rows, x.k, x.v.mT, *x.k_rows)
+    )(x.q_spans, x.k_spans, x.seeds, x.q.mT, x.q_places, x.k, x.v.mT, x.k_places)
     n_tokens = q.shape[1]
     return Partial(oT.transpose(0, 3, 1, 2)[:, :n_tokens], lse[:, :, 0].transpose(0, 2, 1)[:, :n_tokens])
 
@@ -354,23 +353,21 @@ def gradients(
     rows = jnp.stack([jnp.where(empty, 0.0, result.lse * LOG2_E), delta], axis=1)  # [B 2 T H]
     rows = _fill(rows.transpose(0, 3, 1, 2), size_q, axis=3)
     do = _fill(cotangents.o.astype(v.dtype).transpose(0, 2, 1, 3), size_q, axis=2)
-    places = jnp.concatenate(x.q_rows, axis=1)
 
     of_k, of_kT = (lambda b, g, j, *_: (b, g, j, 0)), (lambda b, g, j, *_: (b, g, 0, j))
-    row_of_k = pl.BlockSpec((1, 1, size_k), lambda b, g, j, *_: (b, 0, j))
+    places_of_k = pl.BlockSpec((1, x.k_places.shape[1], size_k), lambda b, g, j, *_: (b, 0, j))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     two = lambda *shape, dtype=jnp.float32: pltpu.VMEM((2, *shape), dtype)
     dqT, dk, dv = pl.pallas_call(
         functools.partial(_backward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(batch, groups, n_k),
             in_specs=[
                 pl.BlockSpec((1, 1, size_k, width), of_k),
                 pl.BlockSpec((1, 1, size_k, value), of_k),
                 pl.BlockSpec((1, 1, width, size_k), of_kT),
-                row_of_k,
-                row_of_k,
+                places_of_k,
                 *7 * [anywhere],
             ],
             out_specs=[
@@ -401,7 +398,7 @@ def gradients(
         name="flash_attention_backward",
         **call,
     )(
-        x.q_spans, x.k_spans, x.k, x.v, x.k.mT, *x.k_rows, x.q, x.q.mT, do, do.mT, rows, places,
+        x.q_spans, x.k_spans, x.seeds, x.k, x.v, x.k.mT, x.k_places, x.q, x.q.mT, do, do.mT, rows, x.q_places,
         jnp.zeros_like(x.q.mT, jnp.float32),
     )  # fmt: skip
     back = lambda a, n_tokens: a.transpose(0, 2, 1, 3)[:, :n_tokens]
@@ -414,12 +411,14 @@ class Arranged(NamedTuple):
     q: Float[Array, "B H T K"]
     k: Float[Array, "B G S K"]
     v: Float[Array, "B G S V"]
-    q_rows: tuple[Int[Array, "B 1 T"], Int[Array, "B 1 T"]]
+    q_places: Int[Array, "B 2 T"]
     """Index and segment, -1 for padding."""
-    k_rows: tuple[Int[Array, "B 1 S"], Int[Array, "B 1 S"]]
-    """Index and segment, 0 for padding."""
+    k_places: Int[Array, "B P S"]
+    """Index, segment, 0 for padding, and prefix if there is one."""
     q_spans: Int[Array, "n"]
     k_spans: Int[Array, "m"]
+    seeds: Int[Array, "l"]
+    """Of dropout, one per row and head, or one number that nobody reads."""
     static: Static
     shape: tuple[int, int, int, int, int]
     """B, H, G, K, V."""
@@ -429,10 +428,8 @@ class Arranged(NamedTuple):
 
 def why_not(k_place: Place, extras: Extras, static: Static) -> str | None:
     """What these kernels lack for such attention; None: nothing."""
-    if extras.relative is not None or extras.seeds is not None:
-        return "relative positions or dropout"
-    if k_place.prefix is not None and (static.mask.window is not None or static.mask.chunk is not None):
-        return "a prefix with a window or chunk"
+    if extras.relative is not None:
+        return "relative positions"
     if (static.block_q or 0) % 128 or (static.block_k or 0) % 128:
         return f"blocks that 128 does not divide, such as {static.block_q} x {static.block_k}"
     return None
@@ -445,22 +442,20 @@ def _arrange(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: St
         raise NotImplementedError(
             f"flash_attention: needs an implementation with {lacking}, got 'pallas_tpu'; use 'xla'"
         )
-    if k_place.prefix is not None:
-        k_place = Place(jnp.where(k_place.prefix, -1, k_place.index), k_place.segment)  # in front of every query
     sizes = tuple(min(size, -(-x.shape[1] // 128) * 128) for size, x in ((static.block_q, q), (static.block_k, k)))
     heads_first = lambda x, size: _fill(x.transpose(0, 2, 1, 3), size, axis=2)
-    q_place, k_place = (
-        Place(*(_fill(x.astype(jnp.int32), size, axis=1) for x in (place.index, place.segment)))
-        for place, size in ((q_place, sizes[0]), (k_place, sizes[1]))
-    )
+    filled = lambda place, size: jax.tree.map(lambda x: _fill(x.astype(jnp.int32), size, axis=1), place)
+    q_place, k_place = filled(q_place, sizes[0]), filled(k_place, sizes[1])
     q_place = q_place._replace(segment=jnp.where(q_place.segment == 0, -1, q_place.segment))
+    together = lambda place: jnp.stack([x for x in place if x is not None], axis=1)
     return Arranged(
         q=heads_first(q, sizes[0]),
         k=heads_first(k, sizes[1]),
         v=heads_first(v, sizes[1]),
-        q_rows=(q_place.index[:, None], q_place.segment[:, None]),
-        k_rows=(k_place.index[:, None], k_place.segment[:, None]),
+        q_places=together(q_place),
+        k_places=together(k_place),
         **_flat_spans(mask, q_place, k_place, sizes),
+        seeds=q_place.index[:1, 0] if extras.seeds is None else extras.seeds.astype(jnp.int32).reshape(-1),
         static=static._replace(block_q=sizes[0], block_k=sizes[1]),
         shape=(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]),
         n_blocks=(q_place.index.shape[1] // sizes[0], k_place.index.shape[1] // sizes[1]),
@@ -469,7 +464,11 @@ def _arrange(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: St
 
 
 def _flat_spans(mask: Mask, q: Place, k: Place, sizes: tuple[int, int]) -> dict[str, Int[Array, "n"]]:
-    blocks = lambda place, size: Place(*(x.reshape(x.shape[0], -1, size) for x in place[:2]))
+    if k.prefix is not None:
+        in_front = mask.window is None and mask.chunk is None  # of every query, as far as a causal mask goes
+        prefix = k.prefix != 0
+        k = Place(jnp.where(prefix, -1, k.index), k.segment) if in_front else k._replace(prefix=prefix)
+    blocks = lambda place, size: jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), place)
     found = spans(mask, blocks(q, sizes[0]), blocks(k, sizes[1]))
     return {
         name: jnp.stack(span, axis=-1).reshape(-1) for name, span in zip(("q_spans", "k_spans"), found, strict=True)

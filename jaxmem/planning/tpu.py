@@ -6,15 +6,10 @@ import os
 import jax
 from jax.experimental import topologies
 
+from jaxmem.sharding.device_order import wraps
+
 ONE_HOST = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 """The smallest topology of each generation."""
-WRAPPED = {
-    "v5e:16x16": (True, True, False),
-    "v6e:16x16": (True, True, False),
-    "v5e:8x16": (False, True, False),
-    "v6e:8x16": (False, True, False),
-}
-"""Slices whose links close to rings. Slices of v5p and tpu7x do in multiples of 4x4x4."""
 
 
 def environment() -> dict[str, str]:
@@ -46,7 +41,6 @@ def devices(topology: str) -> list[jax.Device]:
         raise ValueError(
             f"tpu topology: needs one of {', '.join(ONE_HOST)} or such a name with sizes, e.g. v5p:4x4x4, got {topology!r}"
         )
-    shape = [int(size) for size in sizes.split("x")]
-    whole = len(shape) == 3 and all(size % 4 == 0 for size in shape)
-    wrap = WRAPPED.get(name, (whole,) * 3)
+    dims = [int(size) for size in sizes.split("x")]
+    wrap = (*wraps(dims, flat=len(dims) == 2), False)[:3]
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name, wrap=wrap).devices)

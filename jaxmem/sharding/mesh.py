@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
+from jaxmem.sharding.device_order import arrange
+
 MESH_AXES = ("data", "fsdp", "seq", "model")
 
 
@@ -37,7 +39,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (default: all), every axis of explicit type.
+    """The mesh of `config` over `devices` (default: all), every axis of explicit type; TPUs along `seq` stand in rings.
 
     Raises: ValueError if the sizes do not multiply to the number of devices.
 
@@ -52,4 +54,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
             f"mesh: needs data x fsdp x seq x model = {len(devices)} devices, "
             f"got {dict(zip(MESH_AXES, config.sizes, strict=True))}; change the sizes or the number of devices"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Explicit,) * len(MESH_AXES)
+    of_rings = arrange(devices, sizes, MESH_AXES.index("seq")) if devices[0].platform == "tpu" else None
+    if of_rings is not None:
+        return Mesh(of_rings, MESH_AXES, axis_types=types)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)

@@ -25,6 +25,8 @@ CASES = {
     "window padded": {"mask": "window 150", "rows": "padded", "heads": (2, 2), "blocks": (256, 128)},
     "chunks": {"mask": "chunks of 130", "rows": "one document", "heads": (2, 1), "blocks": (128, 256)},
     "prefix capped": {"mask": "prefix", "rows": "packed", "heads": (2, 2), "soft_cap": 2.0, "blocks": (128, 128)},
+    "prefix in a window": {"mask": "prefix in 9", "rows": "packed", "heads": (2, 1), "blocks": (128, 128)},
+    "dropout": {"mask": "causal", "rows": "packed", "heads": (4, 2), "rate": 0.3, "blocks": (128, 128)},
     "full with sinks": {"mask": "full", "rows": "padded", "heads": (2, 2), "sinks": True, "blocks": (128, 128)},
 }
 MASKS = {"window 150": Mask(window=150), "chunks of 130": Mask(chunk=130)}
@@ -92,7 +94,7 @@ def test_the_detector_finds_a_stream_that_does_not_wait(monkeypatch):
 
 
 ERRORS = {
-    "relative": ({"relative": 5}, r"with relative positions or dropout, got 'pallas_tpu'; use 'xla'"),
+    "relative": ({"relative": 5}, r"with relative positions, got 'pallas_tpu'; use 'xla'"),
     "block": (
         {"blocks": (100, 128)},
         r"with blocks that 128 does not divide, such as 100 x 128, got 'pallas_tpu'; use 'xla'",
