@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.flash_attention import dropout, flash_attention
@@ -60,6 +61,13 @@ def pairwise(options: dict[str, list], possible: Callable[[dict], bool] = possib
         cases.append(max(with_pair(min(wanted, key=str), 400), key=lambda case: len(pairs(case) & wanted)))
         wanted -= pairs(cases[-1])
     return cases
+
+
+def params(cases: list[dict], quick: int) -> list:
+    """One in `quick` of them; the others are among the slow proofs."""
+    name = lambda case: "-".join(f"{value}" for value in case.values())
+    mark = lambda i: () if i % quick == 0 else pytest.mark.slow
+    return [pytest.param(case, id=name(case), marks=mark(i)) for i, case in enumerate(cases)]
 
 
 def relative_rms(got, want):

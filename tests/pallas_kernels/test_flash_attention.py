@@ -6,13 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import MASKS, OPTIONS, ROWS, B, T, assert_close, make, pairwise, relative_rms, values_and_gradients
+from attention_cases import (
+    MASKS,
+    OPTIONS,
+    ROWS,
+    B,
+    T,
+    assert_close,
+    make,
+    pairwise,
+    params,
+    relative_rms,
+    values_and_gradients,
+)
 
 from jaxmem.pallas_kernels.flash_attention import dropout, flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place, extent, may_see, sees
 
 
-@pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda case: "-".join(f"{value}" for value in case.values()))
+@pytest.mark.parametrize("case", params(pairwise(OPTIONS), quick=4))
 def test_blocks_match_the_equation(case):
     case = make(**case)
     want = values_and_gradients(*case, implementation="reference")

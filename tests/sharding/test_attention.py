@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import OPTIONS, assert_close, make, pairwise, possible, values_and_gradients
+from attention_cases import OPTIONS, assert_close, make, pairwise, params, possible, values_and_gradients
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.masks import Mask, Place
@@ -80,14 +80,7 @@ def check(case, scheme, layout, n, order=slice(None), tolerance=5e-6):
     return got
 
 
-def quick(cases, every):
-    """Most cases are among the slow proofs."""
-    name = lambda case: "-".join(f"{value}" for value in case.values())
-    for i, case in enumerate(cases):
-        yield pytest.param(case, id=name(case), marks=() if i % every == 0 else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("case", list(quick(CASES, every=10)))
+@pytest.mark.parametrize("case", params(CASES, quick=10))
 def test_eight_devices_are_one(case):
     case = dict(case)
     scheme, layout = SCHEMES[case.pop("scheme")], case.pop("layout")

@@ -292,6 +292,7 @@ def test_a_step_is_a_pure_function():
     assert relative_rms(twice.params["embedding"]["table"][...], once.params["embedding"]["table"][...]) > 1e-3
 
 
+@pytest.mark.slow
 def test_bf16_computes_near_fp32_and_keeps_everything_else_in_fp32():
     (state, metrics), (wanted, told) = (run(experiment(MIXTURE, dtype=dtype)) for dtype in ("bfloat16", "float32"))
     assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, wanted)
@@ -344,6 +345,7 @@ def test_a_run_traces_once_and_gives_its_state_away():
     assert_bitwise((state, metrics), run(config, 3))
 
 
+@pytest.mark.slow
 def test_the_load_balancing_loss_reaches_the_routers():
     (_, without), (_, balanced) = (run(experiment(MIXTURE, **loss)) for loss in ({}, {"load_balance": 1.0}))
     assert without.load_balance == balanced.load_balance >= 1.9, "2 memories of 4 per token: 2 if even"
