@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done (or stopped by a signal with all saved), 1 failed, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        commands = {"train": _train_command(argv), "generate": generate, "info": info, "kernels": kernels}
+        commands = {"train": _train_command(argv), "generate": generate, "info": info}
+        commands |= {"plan": _plan_command(argv), "kernels": kernels}
         return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxmem", description=_ABOUT, args=argv) or 0
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
@@ -37,7 +38,7 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
     """The command `train`, whose options are the fields of the experiment's config, with its values as defaults."""
     from jaxmem.training.experiment import TrainConfig, load_experiment
 
-    path = next((word for word in argv[1:] if word.endswith(".py")), None) if argv[:1] == ["train"] else None
+    path = _experiment_file(argv, "train")
 
     def train_file(
         experiment: Positional[str],
@@ -75,6 +76,48 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
         raise ValueError(f"train: needs an experiment file that ends in .py, got {experiment!r}; name one")
 
     return train_file if path else train_nothing
+
+
+def _experiment_file(argv: list[str], command: str) -> str | None:
+    """The Python file among the arguments of a command whose options are the fields of the config that it makes."""
+    return next((word for word in argv[1:] if word.endswith(".py")), None) if argv[:1] == [command] else None
+
+
+def _plan_command(argv: list[str]) -> Callable[..., int]:
+    """The command `plan`, with the options of `train` for its config."""
+    from jaxmem.training.experiment import TrainConfig, load_experiment
+
+    path = _experiment_file(argv, "plan")
+
+    def plan(
+        experiment: Positional[str],
+        tpu: str,
+        config: Annotated[TrainConfig, arg(name="")] = load_experiment(path) if path else tyro.MISSING,
+    ) -> int:
+        """Compile the training step of an experiment for TPUs that are not here (libtpu): memory, exchanges, arithmetic.
+
+        Args:
+            experiment: Python file with a function config(), e.g. experiments/long_context.py.
+            tpu: Topology, e.g. v5p:8x8x8.
+            config: The experiment.
+        """
+        from jaxmem.planning.tpu import use_compiler
+        from jaxmem.planning.training_plan import plan
+
+        use_compiler()
+        print(plan(config, tpu))
+        return 0
+
+    def plan_nothing(experiment: Positional[str], tpu: str = "") -> int:
+        """Compile the training step of an experiment for TPUs that are not here; `jaxmem plan EXPERIMENT.py --help`.
+
+        Args:
+            experiment: Python file with a function config(), e.g. experiments/long_context.py.
+            tpu: Topology, e.g. v5p:8x8x8.
+        """
+        raise ValueError(f"plan: needs an experiment file that ends in .py, got {experiment!r}; name one")
+
+    return plan if path else plan_nothing
 
 
 def _find_other_processes() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 def to_json(config: Any) -> Any:
     """A config as dicts, lists and plain values.
 
-    >>> from jaxmem.sharding import MeshConfig
-    >>> to_json(MeshConfig(data=1))
-    {'type': 'jaxmem.sharding.mesh.MeshConfig', 'data': 1, 'fsdp': 1, 'seq': 1, 'model': 1}
+    >>> from jaxmem.sharding.attention import Scheme
+    >>> to_json(Scheme("ring", ulysses=2))
+    {'type': 'jaxmem.sharding.attention.Scheme', 'keys': 'ring', 'ulysses': 2}
     """
     if dataclasses.is_dataclass(config):
         fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.flash_attention import dropout, flash_attention
@@ -128,3 +130,15 @@ def assert_close(got, want, tolerance):
         np.testing.assert_array_equal(np.isfinite(np.asarray(got[name], np.float32)), finite, err_msg=name)
         error = relative_rms(jnp.where(finite, got[name], 0), jnp.where(finite, want[name], 0))
         assert error < tolerance, f"{name}: {error}"
+
+
+def on_fake_tpu(**parameters):
+    """Runs the kernels of TPUs on CPU devices, with races detected."""
+    pltpu.reset_tpu_interpret_mode_state()
+    parameters = {"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "raise"} | parameters
+    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**parameters))
+
+
+def races_found() -> bool:
+    """By the kernels that ran last."""
+    return interpret_pallas_call.races.races_found

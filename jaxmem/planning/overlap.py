@@ -4,14 +4,12 @@ XLA splits an exchange between TPUs into a start and a done and schedules both. 
 exchange is hidden behind a kernel if it starts before and is done after it.
 """
 
+import math
 import re
 from typing import NamedTuple
 
-OVERLAP_OPTIONS = {"xla_tpu_enable_all_experimental_scheduler_features": "true"}
-"""Compile options under which libtpu starts a ring's exchanges before its kernels on every generation. Without them it does
-not on v5p and v6e, whatever the kernels' cost estimates say."""
-
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (?:\([^=]*?\)|\S+) ([\w\-]+)\((.*)")
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)")
+_ARRAY = re.compile(r"[a-z]+(\d*)\[([\d,]*)\]")
 
 
 class Exchange(NamedTuple):
@@ -25,6 +23,8 @@ class Exchange(NamedTuple):
     """Kernels in front of its done; start < done if it is hidden."""
     n_kernels: int
     """Of the computation."""
+    n_bytes: int
+    """That a device sends."""
 
     @property
     def hidden(self) -> bool:
@@ -42,16 +42,23 @@ def exchanges_beside_kernels(program: str) -> list[Exchange]:
             match = _INSTRUCTION.match(line)
             if match is None:
                 continue
-            name, operation, rest = match.groups()
+            name, result, operation, rest = match.groups()
             if operation == "custom-call" and "tpu_custom_call" in rest:
                 n_kernels += 1
             elif operation == "collective-permute-start":
-                starts[name] = n_kernels
+                starts[name] = n_kernels, _n_bytes(result)
             elif operation == "collective-permute-done":
                 of = re.match(r"%?([\w.\-]+)", rest)[1]
-                here.append((of, starts[of], n_kernels))
+                start, n_bytes = starts[of]
+                here.append((of, start, n_kernels, n_bytes))
             elif operation == "collective-permute":
-                here.append((name, n_kernels, n_kernels))
+                here.append((name, n_kernels, n_kernels, _n_bytes(result)))
         title = computation.strip().splitlines()[0].split(" ")[0] if computation.strip() else ""
-        found += [Exchange(title, *exchange, n_kernels) for exchange in here if n_kernels]
+        found += [Exchange(title, name, start, done, n_kernels, size) for name, start, done, size in here if n_kernels]
     return found
+
+
+def _n_bytes(result: str) -> int:
+    """Of the first array of an instruction's result."""
+    bits, shape = _ARRAY.search(result).groups()
+    return math.prod(int(size) for size in shape.split(",") if size) * max(int(bits or 8) // 8, 1)

@@ -30,6 +30,15 @@ def environment() -> dict[str, str]:
     }
 
 
+def use_compiler() -> None:
+    """Lets this process compile for TPUs; to be called before anything has run on a device.
+
+    Raises: RuntimeError without the libtpu package.
+    """
+    os.environ.update(environment())
+    jax.config.update("jax_platforms", "cpu")
+
+
 def devices(topology: str) -> list[jax.Device]:
     """Of a topology such as "v5p:4x4x4", or of the smallest of a generation such as "v5p"; links wrapped as they really are.
 

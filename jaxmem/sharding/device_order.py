@@ -65,23 +65,24 @@ def arrange(devices: Sequence[jax.Device], sizes: Sequence[int], ring: int) -> n
     """
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
     places -= places.min(axis=0)
-    dims = places.max(axis=0) + 1
+    dims = tuple(int(size) for size in places.max(axis=0) + 1)
     if math.prod(dims) != len(devices):
         return None
     grid = np.empty(dims, dtype=object)
     grid[tuple(places.T)] = devices
     wrapped = (*wraps(dims[:3], flat="lite" in devices[0].device_kind), False)
 
-    def cost(box: tuple[int, ...], axis: int, left: np.ndarray) -> tuple[int, int]:
+    def cost(box: tuple[int, ...], axis: int, left: tuple[int, ...]) -> tuple[int, int]:
         walk = np.stack(np.unravel_index(snake(box), box), axis=-1)
-        hop = longest_hop(walk, dims, np.array(wrapped) & (box == dims)) if axis == ring else 0
+        closed = [wraps and size == whole for wraps, size, whole in zip(wrapped, box, dims, strict=True)]
+        hop = longest_hop(walk, dims, closed) if axis == ring else 0
         return hop, sum(1 < size < whole for size, whole in zip(box, left, strict=True))
 
     innermost_first = [ring, *(axis for axis in reversed(range(len(sizes))) if axis != ring)]
     boxes, left = {}, dims
     for axis in innermost_first:
         boxes[axis] = min(_boxes(sizes[axis], left), key=functools.partial(cost, axis=axis, left=left))
-        left = left // boxes[axis]
+        left = tuple(whole // size for whole, size in zip(left, boxes[axis], strict=True))
 
     factors = [boxes[axis][d] for d in range(len(dims)) for axis in reversed(innermost_first)]
     at = lambda axis, d: d * len(sizes) + innermost_first[::-1].index(axis)
@@ -89,7 +90,7 @@ def arrange(devices: Sequence[jax.Device], sizes: Sequence[int], ring: int) -> n
     return np.take(by_axis.reshape(sizes), snake(boxes[ring]), axis=ring)
 
 
-def _boxes(n: int, dims: np.ndarray) -> Iterator[tuple[int, ...]]:
+def _boxes(n: int, dims: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Those of n places that tile a grid."""
     sizes = [[size for size in range(1, n + 1) if n % size == 0 and whole % size == 0] for whole in dims]
     return (box for box in itertools.product(*sizes) if math.prod(box) == n)

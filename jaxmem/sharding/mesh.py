@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -10,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 from jaxmem.sharding.device_order import arrange
 
 MESH_AXES = ("data", "fsdp", "seq", "model")
+Layout = Literal["contiguous", "zigzag", "striped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,10 @@ class MeshConfig:
     """Devices over which the sequence is split."""
     model: int = 1
     """Devices over which heads, ffn width and vocabulary are split."""
+    layout: Layout = "contiguous"
+    """Which tokens a device of `seq` holds (`jaxmem.sharding.layouts`); a balanced one is for attention only."""
+    parameters: tuple[str, ...] = ("fsdp",)
+    """Axes over which stored parameters are split by width; with "seq" too, many devices can share a batch of one row."""
 
     def __post_init__(self):
         sizes = self.sizes
@@ -31,6 +37,11 @@ class MeshConfig:
             raise ValueError(
                 "mesh: needs positive sizes with at most one -1 (the devices left over), "
                 f"got {dict(zip(MESH_AXES, sizes, strict=True))}; change the sizes"
+            )
+        if not set(self.parameters) <= set(MESH_AXES) - {"model"}:
+            raise ValueError(
+                f"mesh: needs parameters to be split over some of data, fsdp and seq, got parameters={self.parameters}; "
+                "change it"
             )
 
     @property

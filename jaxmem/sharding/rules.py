@@ -15,11 +15,10 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxmem.sharding.mesh import MESH_AXES
+from jaxmem.sharding.mesh import MESH_AXES, Layout, MeshConfig
 
 Axes = Sequence[str | None]
 MeshAxes = tuple[str, ...]
-Layout = Literal["contiguous", "zigzag", "striped"]
 
 _EVERYWHERE: Mapping[str, MeshAxes] = {
     **dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("model",)),
@@ -85,6 +84,11 @@ class Rules:
                     )
             entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
         return P(*entries)
+
+
+def rules_of(config: MeshConfig) -> Rules:
+    """The rules that a mesh's config asks for."""
+    return Rules(parameters={**_EVERYWHERE, "embed": config.parameters}, layout=config.layout)
 
 
 _DEFAULT = Rules()

@@ -22,6 +22,8 @@ from jaxmem.checkpoints import CheckpointStore, complete_steps, config_differenc
 from jaxmem.config import to_json
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.sharding import current_rules, make_mesh, use_mesh
+from jaxmem.sharding.rings import compiler_options
+from jaxmem.sharding.rules import rules_of
 from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
 from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
 from jaxmem.training.experiment import TrainConfig
@@ -81,7 +83,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(run_dir / "checkpoints", config.checkpoint, to_json(config)))
         stop = stack.enter_context(stop_on_signals())
-        with use_mesh(mesh):
+        with use_mesh(mesh, rules_of(config.mesh)):
             state, batches, notes = run.start(store)
             first = int(state.step)
             if resume and not first:
@@ -177,7 +179,8 @@ class _Run:
         if mesh is not None:  # says now that the batch cannot be split, not when all is compiled
             rows = config.data.batch_size // config.accumulate
             current_rules().spec(("batch",), "activations", (rows,), mesh)
-        self.train_step = jax.jit(make_train_step(config), donate_argnums=0)
+        options = compiler_options(mesh)
+        self.train_step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
         self.eval_step = jax.jit(make_eval_step(config.model))
 
     def start(self, store: CheckpointStore) -> tuple[TrainState, Any, list[str]]:

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import B, assert_close, make, values_and_gradients
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
+from attention_cases import B, assert_close, make, on_fake_tpu, races_found, values_and_gradients
 
 from jaxmem.pallas_kernels.flash_attention import flash_attention
 from jaxmem.pallas_kernels.flash_attention_tpu import Stream, sees_all, spans, visible
@@ -30,16 +28,6 @@ CASES = {
     "full with sinks": {"mask": "full", "rows": "padded", "heads": (2, 2), "sinks": True, "blocks": (128, 128)},
 }
 MASKS = {"window 150": Mask(window=150), "chunks of 130": Mask(chunk=130)}
-
-
-def on_fake_tpu(**parameters):
-    pltpu.reset_tpu_interpret_mode_state()
-    parameters = {"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "raise"} | parameters
-    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**parameters))
-
-
-def races_found():
-    return interpret_pallas_call.races.races_found
 
 
 def case(mask, **changes):

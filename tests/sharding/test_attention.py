@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import OPTIONS, assert_close, make, pairwise, params, possible, values_and_gradients
+from attention_cases import (
+    OPTIONS,
+    assert_close,
+    make,
+    on_fake_tpu,
+    pairwise,
+    params,
+    possible,
+    races_found,
+    values_and_gradients,
+)
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.masks import Mask, Place
@@ -94,6 +104,21 @@ def test_eight_devices_are_one(case):
 )
 def test_rings_of_any_size(n, layout):
     check(make("causal", "packed", heads=(4, 2), sinks=True, n_tokens=T), Scheme("ring"), layout, n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scheme, layout", [("ring", "zigzag"), ("all_gather", "striped"), ("ring of 2s", "contiguous")]
+)
+def test_the_kernels_of_tpus_on_four_devices(scheme, layout):
+    """In interpret mode, with races detected."""
+    case = make("causal", "packed", heads=(2, 1), blocks=(128, 128), n_tokens=4 * 128)
+    want = values_and_gradients(*case)
+    with on_devices(4), on_fake_tpu(dma_execution_mode="on_wait"):
+        on_four = on_mesh(SCHEMES[scheme], layout)
+        got = jax.device_get(values_and_gradients(*case, attend=on_four, implementation="pallas_tpu"))
+    assert not races_found()
+    assert_close(got, want, 5e-6)
 
 
 @pytest.mark.slow
