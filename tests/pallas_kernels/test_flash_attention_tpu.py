@@ -8,8 +8,9 @@ from attention_cases import B, assert_close, make, values_and_gradients
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxmem.pallas_kernels.block_spans import sees_all, spans, visible
 from jaxmem.pallas_kernels.flash_attention import flash_attention
-from jaxmem.pallas_kernels.flash_attention_tpu import Stream, sees_all, spans, visible
+from jaxmem.pallas_kernels.flash_attention_tpu import Stream
 from jaxmem.pallas_kernels.masks import Mask, Place
 
 T = 300
