@@ -11,7 +11,7 @@ Exponents are to the base 2, log2(e) in the scale. Which blocks to visit, and wh
 numbers per block (`block_spans`). Arrays keep the order of the operation, [B T H K]. Triton computes with powers of two: a
 head is cut into pieces, 192 = 128 + 64, whose products are summed or stand side by side.
 
-Shared memory per program: `STAGES` blocks of the other side, or one and the scores. HBM: each block of queries reads the
+Shared memory per program: its own block and `stages` blocks of the other side. HBM: each block of queries reads the
 keys it visits once forward and once backward; a block of keys reads the queries and do of all heads of its group.
 Reference: Dao 2023, arXiv 2307.08691; Milakov and Gimelshein 2018, arXiv 1805.02867 (running maximum).
 """
@@ -37,6 +37,8 @@ LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Running maximum before any key: finite, so that masked scores of -inf weigh exp2(-inf) = 0."""
 SMALLEST = 16
 """Of what Triton multiplies: tokens of a block, and width of a piece."""
+LARGEST_FP32 = 32
+"""Width of a piece in fp32, which tensor cores do not multiply exactly: threads do, with their factors in registers."""
 
 
 class Launch(NamedTuple):
@@ -49,27 +51,39 @@ class Launch(NamedTuple):
     """Blocks of the other side that are on their way."""
 
 
+LAUNCHES = {
+    2: {
+        128: {"forward": Launch(128, 64, 8, 3), "dq": Launch(128, 64, 8, 2), "dkv": Launch(64, 128, 8, 2)},
+        192: {"forward": Launch(128, 64, 8, 2), "dq": Launch(128, 32, 8, 2), "dkv": Launch(64, 64, 8, 2)},
+        256: {"forward": Launch(128, 64, 8, 2), "dq": Launch(64, 32, 8, 2), "dkv": Launch(32, 64, 8, 2)},
+        512: {"forward": Launch(64, 32, 8, 1), "dq": Launch(32, 32, 8, 1), "dkv": Launch(32, 32, 8, 1)},
+    },
+    4: {
+        128: {"forward": Launch(64, 32, 8, 2), "dq": Launch(64, 32, 8, 2), "dkv": Launch(32, 64, 8, 2)},
+        256: {"forward": Launch(64, 32, 8, 1), "dq": Launch(32, 32, 8, 1), "dkv": Launch(32, 32, 8, 1)},
+        512: {"forward": Launch(32, 16, 8, 1), "dq": Launch(16, 16, 8, 1), "dkv": Launch(16, 16, 8, 1)},
+    },
+}
+"""Of bytes per number and widths of heads up to some: the largest blocks tried that spill next to no registers on sm_90 and
+fit in the shared memory of sm_80 too, 163 KiB (`jaxmem kernels --gpu`)."""
+
+
 def default_launch(kernel: str, width: int, itemsize: int) -> Launch:
-    """Of "forward", "dq" or "dkv", for heads of that width; the blocks fit in 227 KiB of shared memory (H100, H200)."""
-    wide = width * itemsize > 256
-    widest = width * itemsize > 512
-    if widest:
-        return Launch(32, 32, 4, 1)
-    if kernel == "forward":
-        return Launch(64, 64, 4, 2) if wide else Launch(128, 64, 8, 3)
-    if kernel == "dq":
-        return Launch(64, 32, 4, 2) if wide else Launch(128, 64, 8, 2)
-    return Launch(32, 64, 4, 2) if wide else Launch(64, 128, 8, 2)
+    """Of "forward", "dq" or "dkv", for heads of that width; beyond the widest of `LAUNCHES`, as for that one."""
+    of_widths = LAUNCHES[2 if itemsize <= 2 else 4]
+    return of_widths[min((w for w in of_widths if w >= width), default=max(of_widths))][kernel]
 
 
-def _pieces(width: int) -> list[slice]:
-    """
-    >>> _pieces(192)
+def _pieces(width: int, dtype) -> list[slice]:
+    """What a head is cut into.
+
+    >>> _pieces(192, jnp.bfloat16)
     [slice(0, 128, None), slice(128, 192, None)]
     """
     found, start = [], 0
+    widest = LARGEST_FP32 if dtype == jnp.float32 else width
     while start < width:
-        size = 1 << (width - start).bit_length() - 1
+        size = min(widest, 1 << (width - start).bit_length() - 1)
         found.append(slice(start, start + size))
         start += size
     return found
@@ -77,12 +91,14 @@ def _pieces(width: int) -> list[slice]:
 
 def _load(ref, *where) -> list[Float[Array, "C K"]]:
     """The pieces of some heads' tokens."""
-    return [ref[*where, piece] for piece in _pieces(ref.shape[-1])]
+    return [ref[*where, piece] for piece in _pieces(ref.shape[-1], ref.dtype)]
 
 
 def _store(ref, pieces) -> None:
-    for where, piece in zip(_pieces(ref.shape[-1]), pieces, strict=True):
-        ref[:, where] = piece
+    start = 0
+    for piece in pieces:
+        ref[:, start : start + piece.shape[1]] = piece
+        start += piece.shape[1]
 
 
 def _products(rows, columns) -> Float[Array, "C D"]:
@@ -216,7 +232,9 @@ def _d_scores(p, d_p, slope, static: Static):
 
 def _zeros(n_tokens: int, like) -> list[Float[Array, "C K"]]:
     """Sums of products, in the pieces of a head."""
-    return [jnp.zeros((n_tokens, piece.stop - piece.start), jnp.float32) for piece in _pieces(like.shape[-1])]
+    return [
+        jnp.zeros((n_tokens, piece.stop - piece.start), jnp.float32) for piece in _pieces(like.shape[-1], like.dtype)
+    ]
 
 
 def _block_of_queries(static: Static) -> Int[Array, ""]:

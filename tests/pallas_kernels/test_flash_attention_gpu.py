@@ -1,8 +1,5 @@
 """The GPU's kernels without a GPU: interpreted, against the blocks of XLA; lowered to Triton for every option."""
 
-import dataclasses
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +53,84 @@ def test_kernels_are_the_blocks_of_xla(name):
     arguments = case(**CASES[name])
     got = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
     assert_close(got, values_and_gradients(flash_attention_xla, *arguments), 5e-6)
+
+
+@pytest.mark.slow
+def test_keys_may_stand_in_any_order():
+    arguments = case(mask="window 9", rows="packed", rate=0.3, blocks=(16, 16))
+    order = jax.random.permutation(jax.random.key(1), T)
+    back = jnp.argsort(order)
+    want = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
+    got = values_and_gradients(flash_attention_gpu, *arguments, order=order, interpret=True)
+    assert_close(got | {name: got[name][:, back] for name in ("d_k", "d_v")}, want, 2e-6)
+
+
+@pytest.mark.slow
+def test_rows_that_see_nothing():
+    arguments = case(rows="padded", blocks=(32, 32))
+    got = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
+    nowhere = np.asarray(arguments[1]["q_place"].segment == 0)
+    assert np.all(got["lse"][nowhere] == -np.inf)
+    for name in ("o", "d_q", "d_k", "d_v"):
+        assert np.all(got[name][nowhere] == 0), name
+
+
+@pytest.mark.slow
+def test_bf16_products_accumulate_in_fp32():
+    arguments = case(rows="packed", dtype=jnp.bfloat16, blocks=(16, 32))
+    got = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
+    want = values_and_gradients(flash_attention_xla, *arguments)
+    assert {x.dtype for x in got.values()} == {np.dtype("float32")}
+    assert_close({"lse": got["lse"]}, {"lse": want["lse"]}, 1e-5)  # exact products of bf16, sums in fp32
+    assert_close(got, want, 2.0**-8)  # weights and their gradients are rounded once to bf16
+
+
+LOWERED = {
+    "causal": {},
+    "full packed": {"mask": "full", "rows": "packed", "heads": (4, 1), "soft_cap": 2.0},
+    "window dropout": {"mask": "window 9", "rate": 0.3},
+    "prefix in pieces": {"mask": "prefix", "widths": (192, 128)},
+    "odd widths": {"mask": "chunks of 7", "widths": (80, 96), "n_tokens": 300},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="from JAX 0.11 on, this lowering asks for a GPU")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("implementation", ["pallas_gpu", None])
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_to_triton_for_cuda(name, implementation, dtype):
+    """Forward and backward by the operation itself; None picks these kernels for CUDA."""
+    arrays, options, _ = make(
+        **{"widths": (64, 64), "dtype": dtype, "blocks": (None, None), "n_tokens": 256} | LOWERED[name]
+    )
+
+    def loss(arrays):
+        o, lse = flash_attention(**arrays, **options, implementation=implementation)
+        return jnp.sum(o) + jnp.sum(lse)
+
+    triton = "__gpu$xla.gpu.triton"
+    check = jax.export.DisabledSafetyCheck.custom_call(triton)
+    exported = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=["cuda"], disabled_checks=[check])(arrays)
+    text = exported.mlir_module()
+    assert text.count(triton) == 3
+    for kernel in ("forward", "dq", "dkv"):
+        assert f"flash_attention_{kernel}" in text
+
+
+ERRORS = {
+    "relative": ({"relative": 5}, r"with relative positions, got 'pallas_gpu'; use 'xla'"),
+    "block": (
+        {"blocks": (96, 64)},
+        r"with blocks that are no powers of two from 16, such as 96 x 64, got 'pallas_gpu'; use 'xla'",
+    ),
+    "small block": ({"blocks": (8, 64)}, r"with blocks that are no powers of two from 16, such as 8 x 64"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    changes, text = ERRORS[name]
+    arrays, options, _ = case(**changes)
+    with pytest.raises(NotImplementedError, match="flash_attention: needs an implementation " + text):
+        flash_attention(**arrays, **options, implementation="pallas_gpu")
