@@ -1,8 +1,8 @@
 """Attention on an NVIDIA GPU, Pallas compiled by Triton: forward and dq by blocks of queries, dk and dv by blocks of keys.
 
 A program walks over the blocks of the other side from the first to the last that may be seen, and keeps its own sums in
-registers; no two programs add to the same number, so that results are the same every time. What stands in the result's
-rows is the first factor of each product:
+registers; no two programs add to the same number, so that results are the same every time. A program's own tokens are the
+rows of its scores, so that weights go from registers into the next product as they are:
 
     forward, dq: s = q k^T [C_q C_k]      o = p v        dp = do v^T    dq = ds k
     dk, dv:      s = k q^T [C_k C_q]      dv = p do      dp = v do^T    dk = ds q       ds = p (d dp - delta)

@@ -22,7 +22,7 @@ from jaxmem.planning.gpu import CHIPS, devices, environment
 
 WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
 DTYPES = ("bfloat16", "float32")
-KINDS = ("causal", "window", "packed", "dropout")
+KINDS = ("causal", "window", "packed", "dropout", "prefix")
 KERNELS = ("forward", "dq", "dkv")
 
 
@@ -34,7 +34,7 @@ class Problem:
     value: int
     dtype: str
     kind: str
-    """Of `KINDS`; a window of 1024 tokens, documents given as segments, dropout of 0.1."""
+    """Of `KINDS`; a window of 1024 tokens, documents given as segments, dropout of 0.1, a prefix with chunks and a cap."""
     tokens: int = 8192
 
     @property
@@ -72,7 +72,7 @@ def report(chip: str, tokens: int = 8192) -> str:
     if chip not in CHIPS:
         raise ValueError(f"gpu: needs one of {', '.join(CHIPS)}, got {chip!r}")
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_gpu_dump_llvmir=false " + os.environ.get("XLA_FLAGS", "")}
+        dump = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")}
         command = [sys.executable, "-m", "jaxmem.planning.gpu_report", chip, str(tokens)]
         done = subprocess.run(command, env=os.environ | environment() | dump, capture_output=True, text=True)
         if done.returncode:
@@ -81,10 +81,10 @@ def report(chip: str, tokens: int = 8192) -> str:
         lines = [
             f"{chip}: 8 query heads, 4 kv heads, {tokens} tokens; shared memory of a program, registers of a thread"
         ]
-        lines.append(f"  {'':34}" + "".join(f"{kernel:28}" for kernel in KERNELS))
+        lines.append(f"  {'':34}" + "".join(f"{kernel:36}" for kernel in KERNELS))
         for problem in problems():
             kernels = {} if problem.name in failed else read_kernels(Path(folder), problem.name, chip)
-            cells = [f"{kernels[kernel]!s:28}" for kernel in KERNELS] if kernels else [failed[problem.name]]
+            cells = [f"{kernels[kernel]!s:36}" for kernel in KERNELS] if kernels else [failed[problem.name]]
             widths = f"{problem.width}/{problem.value}"
             lines.append(f"  {problem.dtype:10}{widths:10}{problem.kind:14}" + "".join(cells).rstrip())
     return "\n".join(lines)
@@ -122,24 +122,30 @@ def compile_problem(chip: str, problem: Problem) -> None:
 
     Raises: what the compiler does, e.g. when shared memory does not suffice.
     """
-    there = jax.sharding.SingleDeviceSharding(devices(chip)[0])
+    mesh = jax.sharding.Mesh(devices(chip), ("only",))
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     array = lambda *shape, dtype=problem.dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=there)
     tokens = (1, problem.tokens)
-    mask = Mask(window=1024) if problem.kind == "window" else Mask()
+    mask = {"window": Mask(window=1024), "prefix": Mask(chunk=1024)}.get(problem.kind, Mask())
 
     def loss(q, k, v, segment, seeds):
-        place = Place(jnp.broadcast_to(jnp.arange(problem.tokens), tokens), segment)
-        options = {"q_place": place, "k_place": place} if problem.kind == "packed" else {}
-        dropped = Dropout(seeds, 0.1) if problem.kind == "dropout" else None
-        o, lse = flash_attention(q, k, v, mask, dropped=dropped, implementation="pallas_gpu", **options)
+        place, options = Place(jnp.broadcast_to(jnp.arange(problem.tokens), tokens), segment), {}
+        if problem.kind == "packed":
+            options = {"q_place": place, "k_place": place}
+        elif problem.kind == "dropout":
+            options = {"dropped": Dropout(seeds, 0.1)}
+        elif problem.kind == "prefix":
+            options = {"q_place": place, "k_place": place._replace(prefix=place.index < 100), "soft_cap": 30.0}
+        o, lse = flash_attention(q, k, v, mask, implementation="pallas_gpu", **options)
         return jnp.sum(o) + jnp.sum(lse)
 
     step = jax.value_and_grad(loss, (0, 1, 2))
     step.__name__ = problem.name
-    jax.jit(step).lower(
-        array(*tokens, 8, problem.width), array(*tokens, 4, problem.width), array(*tokens, 4, problem.value),
-        array(*tokens, dtype=jnp.int32), array(1, 8, dtype=jnp.uint32),
-    ).compile()  # fmt: skip
+    with jax.set_mesh(mesh):  # where newer versions of Pallas look for the kind of GPU
+        jax.jit(step).lower(
+            array(*tokens, 8, problem.width), array(*tokens, 4, problem.width), array(*tokens, 4, problem.value),
+            array(*tokens, dtype=jnp.int32), array(1, 8, dtype=jnp.uint32),
+        ).compile()  # fmt: skip
 
 
 def main(chip: str, tokens: str) -> None:
