@@ -29,6 +29,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.attention_scores import Extras, Static, kept, product
 from jaxmem.pallas_kernels.block_spans import Span, sees_all, spans, visible
+from jaxmem.pallas_kernels.gpu_launches import Launch, default_launch
 from jaxmem.pallas_kernels.masks import Place
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped, UInt32
 
@@ -39,39 +40,6 @@ SMALLEST = 16
 """Of what Triton multiplies: tokens of a block, and width of a piece."""
 LARGEST_FP32 = 32
 """Width of a piece in fp32, which tensor cores do not multiply exactly: threads do, with their factors in registers."""
-
-
-class Launch(NamedTuple):
-    """How a kernel is cut into programs."""
-
-    block_q: int
-    block_k: int
-    warps: int
-    stages: int
-    """Blocks of the other side that are on their way."""
-
-
-LAUNCHES = {
-    2: {
-        128: {"forward": Launch(128, 64, 8, 3), "dq": Launch(128, 64, 8, 2), "dkv": Launch(64, 128, 8, 2)},
-        192: {"forward": Launch(128, 64, 8, 2), "dq": Launch(128, 32, 8, 2), "dkv": Launch(64, 64, 8, 2)},
-        256: {"forward": Launch(128, 64, 8, 2), "dq": Launch(64, 32, 8, 2), "dkv": Launch(32, 64, 8, 2)},
-        512: {"forward": Launch(64, 32, 8, 1), "dq": Launch(32, 32, 8, 1), "dkv": Launch(32, 32, 8, 1)},
-    },
-    4: {
-        128: {"forward": Launch(64, 32, 8, 2), "dq": Launch(64, 32, 8, 2), "dkv": Launch(32, 64, 8, 2)},
-        256: {"forward": Launch(64, 32, 8, 1), "dq": Launch(32, 32, 8, 1), "dkv": Launch(32, 32, 8, 1)},
-        512: {"forward": Launch(32, 16, 8, 1), "dq": Launch(16, 16, 8, 1), "dkv": Launch(16, 16, 8, 1)},
-    },
-}
-"""Of bytes per number and widths of heads up to some: the largest blocks tried that spill next to no registers on sm_90 and
-fit in the shared memory of sm_80 too, 163 KiB (`jaxmem kernels --gpu`)."""
-
-
-def default_launch(kernel: str, width: int, itemsize: int) -> Launch:
-    """Of "forward", "dq" or "dkv", for heads of that width; beyond the widest of `LAUNCHES`, as for that one."""
-    of_widths = LAUNCHES[2 if itemsize <= 2 else 4]
-    return of_widths[min((w for w in of_widths if w >= width), default=max(of_widths))][kernel]
 
 
 def _pieces(width: int, dtype) -> list[slice]:
@@ -125,7 +93,7 @@ def _along(place: Place, axis: int) -> Place:
     return jax.tree.map(lambda x: jnp.expand_dims(x, 1 - axis), place)
 
 
-def _masked(s, static: Static, whole, q: Place, k: Place):
+def _masked(s, static: Static, whole, q: Callable[[], Place], k: Callable[[], Place]):
     """-inf where a query does not see a key; q and k are functions, so that a pair of blocks without a mask loads nothing."""
 
     def mask(s):
@@ -330,7 +298,8 @@ def _arrange(kernel: str, q, k, v, q_place: Place, k_place: Place, extras: Extra
             f"flash_attention: needs an implementation with {lacking}, got 'pallas_gpu'; use 'xla'"
         )
     width = max(-(-x.shape[-1] // SMALLEST) * SMALLEST for x in (k, v))
-    launch = default_launch(kernel, width, k.dtype.itemsize)
+    same = jnp.result_type(q, k)
+    launch = default_launch(kernel, width, max(same.itemsize, v.dtype.itemsize))
     static = static.with_blocks(launch.block_q, launch.block_k)
     fits = lambda size, x: min(size, max(SMALLEST, 1 << (x.shape[1] - 1).bit_length()))
     sizes = fits(static.block_q, q), fits(static.block_k, k)
@@ -339,7 +308,6 @@ def _arrange(kernel: str, q, k, v, q_place: Place, k_place: Place, extras: Extra
     q_place = q_place._replace(segment=jnp.where(q_place.segment == 0, -1, q_place.segment))
     blocks = lambda place, size: jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), place)
     q_spans, k_spans = spans(static.mask, blocks(q_place, sizes[0]), blocks(k_place, sizes[1]))
-    same = jnp.result_type(q, k)
     return Arranged(
         q_spans, k_spans, _fill_heads(q.astype(same), sizes[0]), q_place, _fill_heads(k.astype(same), sizes[1]),
         _fill_heads(v, sizes[1]), k_place, None if extras.seeds is None else extras.seeds.reshape(q.shape[0], -1),
