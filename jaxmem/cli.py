@@ -209,20 +209,34 @@ def info(model: Positional[str], context: int = 2048) -> int:
 
 
 def kernels(
-    tpu: tuple[str, ...] = ("v5p", "v6e", "tpu7x"), tokens: int = 8192, heads: int = 8, width: int = 128
+    tpu: tuple[str, ...] = (),
+    gpu: tuple[str, ...] = (),
+    tokens: int = 8192,
+    heads: int = 8,
+    width: int = 128,
 ) -> int:
-    """Static cycles of the attention kernels beside JAX's splash attention, by the TPU's compiler on this machine (libtpu).
+    """What compilers on this machine make of the attention kernels, for accelerators that need not be here.
+
+    TPUs: static cycles beside JAX's splash attention (needs libtpu). GPUs: shared memory and registers for many widths and
+    masks (needs JAX's CUDA plugin). Without either option, three generations of TPUs.
 
     Args:
         tpu: Generations: v5e, v5p, v6e, tpu7x.
+        gpu: Compute capabilities: sm_80, sm_90.
         tokens: Of a causal sequence.
-        heads: Of queries, keys and values.
-        width: Of a head.
+        heads: Of queries, keys and values, on TPUs.
+        width: Of a head, on TPUs.
     """
-    from jaxmem.planning.kernel_report import Problem, report
+    if gpu:
+        from jaxmem.planning import gpu_report
 
-    for generation in tpu:
-        print(report(generation, Problem(heads, tokens, width)), flush=True)
+        for chip in gpu:
+            print(gpu_report.report(chip, tokens), flush=True)
+    if tpu or not gpu:
+        from jaxmem.planning import kernel_report
+
+        for generation in tpu or ("v5p", "v6e", "tpu7x"):
+            print(kernel_report.report(generation, kernel_report.Problem(heads, tokens, width)), flush=True)
     return 0
 
 

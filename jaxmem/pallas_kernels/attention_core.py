@@ -9,7 +9,7 @@ from functools import partial
 import jax
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels import flash_attention_tpu, flash_attention_xla
+from jaxmem.pallas_kernels import flash_attention_gpu, flash_attention_tpu, flash_attention_xla
 from jaxmem.pallas_kernels.attention_scores import Extras, Static
 from jaxmem.pallas_kernels.masks import Place
 
@@ -29,14 +29,21 @@ def gradients(
     return _by_platform("gradients", static, q, k, v, q_place, k_place, extras, result, cotangents)
 
 
+IMPLEMENTATIONS = {"xla": flash_attention_xla, "pallas_tpu": flash_attention_tpu, "pallas_gpu": flash_attention_gpu}
+OF_PLATFORM = {"tpu": flash_attention_tpu, "cuda": flash_attention_gpu}
+"""The best where it has all that is asked for."""
+
+
 def _by_platform(name: str, static: Static, *arrays):
     """The function of that name of the implementation asked for; of the best one on the platform that is compiled for."""
     of = lambda module: partial(getattr(module, name), static=static)
     if static.implementation is not None:
-        return of({"xla": flash_attention_xla, "pallas_tpu": flash_attention_tpu}[static.implementation])(*arrays)
-    if flash_attention_tpu.why_not(arrays[4], arrays[5], static) is not None:
+        return of(IMPLEMENTATIONS[static.implementation])(*arrays)
+    k_place, extras = arrays[4:6]
+    able = {where: of(m) for where, m in OF_PLATFORM.items() if m.why_not(k_place, extras, static) is None}
+    if not able:
         return of(flash_attention_xla)(*arrays)
-    return jax.lax.platform_dependent(*arrays, tpu=of(flash_attention_tpu), default=of(flash_attention_xla))
+    return jax.lax.platform_dependent(*arrays, default=of(flash_attention_xla), **able)
 
 
 def to_save(q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmem.pallas_kernels.masks import Mask, Place, sees
 from jaxmem.typing import Array, Float, Int, UInt32
@@ -30,7 +31,7 @@ class Static(NamedTuple):
     block_k: int | None
     """Tokens per block; None is what suits the implementation."""
     implementation: str | None = None
-    """"xla", "pallas_tpu", or None: the best for the platform that is compiled for."""
+    """"xla", "pallas_tpu", "pallas_gpu", or None: the best for the platform that is compiled for."""
 
     def with_blocks(self, block_q: int, block_k: int) -> "Static":
         """Blocks where none are given."""
@@ -60,22 +61,22 @@ def keep_factor(
     """0 for weights that are left out, 1 / (1 - rate) for the others: a hash of seed and both indices."""
     if seeds is None:
         return 1.0
-    return keeps(seeds[..., None, None], q.index[:, None, None, :, None], k.index[:, None, None, None, :], rate)
+    return kept(seeds[..., None, None], q.index[:, None, None, :, None], k.index[:, None, None, None, :], rate)
 
 
-def keeps(
-    seed: UInt32[Array, "*seeds"] | Int[Array, "*seeds"], q: Int[Array, "*queries"], k: Int[Array, "*keys"], rate: float
-) -> Float[Array, "*pairs"]:
-    """The same elementwise, of shapes that broadcast."""
-    seed, q, k = (x.astype(jnp.uint32) for x in (seed, q, k))
-    bits = _mix(_mix(seed + q * jnp.uint32(0x9E3779B1)) ^ (k * jnp.uint32(0x85EBCA77)))
-    return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), 1 / (1 - rate), 0.0)
+def kept(
+    seed: UInt32[Array, "..."] | Int[Array, "..."], q_index: Int[Array, "..."], k_index: Int[Array, "..."], rate: float
+) -> Float[Array, "..."]:
+    """`keep_factor` of arrays that broadcast. Constants are NumPy's, which kernels may close over."""
+    of_query = _mix(seed.astype(jnp.uint32) + q_index.astype(jnp.uint32) * np.uint32(0x9E3779B1))
+    bits = _mix(of_query ^ (k_index.astype(jnp.uint32) * np.uint32(0x85EBCA77)))
+    return jnp.where(bits >= np.uint32(round(rate * 2**32)), np.float32(1 / (1 - rate)), np.float32(0))
 
 
 def _mix(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
     """The finaliser of MurmurHash3: every bit of x changes half of the bits."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 

@@ -29,7 +29,7 @@ from jaxmem.pallas_kernels.attention_scores import Extras, Static, keep_factor, 
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.typing import Array, Float, PRNGKeyArray, UInt32
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["seeds"], meta_fields=["rate"])
@@ -80,11 +80,11 @@ def flash_attention(
       sinks: b of each head. Of several results to be merged, only one may have them.
       relative: r of each head for the distances 0 to L - 1, the last for all beyond; needs a causal mask.
       dropped: weights left out, from `dropout`; lse knows nothing of them.
-      block_q, block_k: tokens per block, multiples of 128 on a TPU; "xla" works in a few arrays [B, H, block_q, block_k].
-        None is 128 for "xla", 1024 for "pallas_tpu".
+      block_q, block_k: tokens per block, multiples of 128 on a TPU, powers of two on a GPU; "xla" works in a few arrays
+        [B, H, block_q, block_k]. None is 128 for "xla", 1024 for "pallas_tpu", what fits a pass for "pallas_gpu".
       implementation: "reference" is the equation in fp32 with arrays [B, H, T, S]; "xla" is blockwise; "pallas_tpu" has no
-        relative positions. None picks the best that there is when compiling for a
-        platform. Gradients can be differentiated again with "reference" alone.
+        relative positions, nor has "pallas_gpu" (NVIDIA, by Triton). None picks the best that there is when compiling for
+        a platform. Gradients can be differentiated again with "reference" alone.
 
     Raises: ValueError if shapes do not match, blocks are not positive, relative positions would look ahead, or the
       implementation is unknown.

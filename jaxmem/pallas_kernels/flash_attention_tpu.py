@@ -25,9 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels.attention_scores import Extras, Static, keeps
-from jaxmem.pallas_kernels.masks import Extent, Mask, Place, extent, may_see
-from jaxmem.typing import Array, Bool, Float, Int
+from jaxmem.pallas_kernels.attention_scores import Extras, Static, kept
+from jaxmem.pallas_kernels.block_spans import Span, sees_all, spans, visible
+from jaxmem.pallas_kernels.masks import Mask, Place
+from jaxmem.typing import Array, Float, Int
 
 LOG2_E = math.log2(math.e)
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -38,63 +39,6 @@ TILE = 512
 """Queries and keys of a piece of a block: one piece's scores are multiplied while the weights of another are computed."""
 SPAN = 6
 """Numbers that a kernel is told of each of its own blocks, and of the other side's."""
-
-
-class Span(NamedTuple):
-    """What a block of tokens spans; the segments with padding's own, so that a block with padding is never uniform."""
-
-    index_low: Int[Array, "..."]
-    index_high: Int[Array, "..."]
-    segment_low: Int[Array, "..."]
-    segment_high: Int[Array, "..."]
-    first: Int[Array, "..."]
-    """Block of the other side that may be seen, and one past the last."""
-    end: Int[Array, "..."]
-
-
-def sees_all(mask: Mask, q: Span, k: Span) -> Bool[Array, ""]:
-    """True only if every query of a block sees every key of the other."""
-    segments = (q.segment_low == q.segment_high) & (k.segment_low == k.segment_high) & (q.segment_low == k.segment_low)
-    if mask.causal:
-        segments &= k.index_high <= q.index_low
-    if mask.window is not None:
-        segments &= (q.index_high - k.index_low < mask.window) & (k.index_high - q.index_low < mask.window)
-    if mask.chunk is not None:
-        segments &= _chunk(mask, q.index_low) == _chunk(mask, k.index_high)
-        segments &= _chunk(mask, q.index_high) == _chunk(mask, k.index_low)
-    return segments
-
-
-def visible(mask: Mask, q: Place, k: Place) -> Bool[Array, "C_k C_q"]:
-    """Which key [C_k 1] a query [1 C_q] sees; padding of queries is segment -1, of keys 0."""
-    seen = q.segment == k.segment
-    if mask.causal:
-        past = k.index <= q.index
-        seen &= past if k.prefix is None else past | (k.prefix != 0)
-    if mask.window is not None:
-        seen &= (q.index - k.index < mask.window) & (k.index - q.index < mask.window)
-    if mask.chunk is not None:
-        seen &= _chunk(mask, q.index) == _chunk(mask, k.index)
-    return seen
-
-
-def _chunk(mask: Mask, index: Int[Array, "..."]) -> Int[Array, "..."]:
-    return jax.lax.div(index, jnp.full_like(index, mask.chunk))
-
-
-def spans(mask: Mask, q: Place, k: Place) -> tuple[Span, Span]:
-    """Of blocks of queries [B N C] and of keys [B M C]."""
-    q_extent, k_extent = extent(q._replace(segment=jnp.maximum(q.segment, 0))), extent(k)
-    each = lambda x, axis: jax.tree.map(lambda a: jnp.expand_dims(a, axis), x)
-    pairs = may_see(mask, each(q_extent, 2), each(k_extent, 1))  # [B N M]
-
-    def of(place: Place, reach: Extent, pairs: Bool[Array, "B N M"]) -> Span:
-        first = jnp.argmax(pairs, axis=-1)
-        end = jnp.where(jnp.any(pairs, axis=-1), pairs.shape[-1] - jnp.argmax(pairs[..., ::-1], axis=-1), first)
-        segments = jnp.min(place.segment, axis=-1), jnp.max(place.segment, axis=-1)
-        return Span(reach.index_low, reach.index_high, *segments, first.astype(jnp.int32), end.astype(jnp.int32))
-
-    return of(q, q_extent, pairs), of(k, k_extent, pairs.swapaxes(1, 2))
 
 
 def _read(spans, b: Int[Array, ""], n: Int[Array, ""], n_blocks: int) -> Span:
@@ -211,7 +155,7 @@ def _forward_kernel(
                 p, fade = jnp.exp2(s - new_top), jnp.exp2(old_top - new_top)
                 weight = fade * weight + jnp.sum(p, axis=0, keepdims=True)
                 if static.rate:
-                    p *= keeps(seeds[b * pl.num_programs(1) + h], q.index, k.index, static.rate)
+                    p *= kept(seeds[b * pl.num_programs(1) + h], q.index, k.index, static.rate)
                 o = fade * o + _dot(vT_buffer[slot, :, keys], p.astype(vT_buffer.dtype))
                 state[queries.start] = new_top, weight, o
             for queries in _tiles(static.block_q):
@@ -279,7 +223,7 @@ def _backward_kernel(
             p = jnp.exp2(s - lse)
             dp, kept = _dot(v[0, 0], doT_buffer[slot]), p
             if static.rate:
-                keep = keeps(seeds[b * pl.num_programs(1) * repeats + h], queries.index, keys.index, static.rate)
+                keep = kept(seeds[b * pl.num_programs(1) * repeats + h], queries.index, keys.index, static.rate)
                 dp, kept = keep * dp, keep * p
             dv[0, 0] += _dot(kept.astype(do_buffer.dtype), do_buffer[slot])
             ds = p * (dp - delta) * static.scale

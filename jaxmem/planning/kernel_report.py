@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from jaxmem.pallas_kernels.block_spans import sees_all, spans
 from jaxmem.pallas_kernels.flash_attention import flash_attention
-from jaxmem.pallas_kernels.flash_attention_tpu import sees_all, spans
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.planning.kernel_schedules import Part, Schedule, read_schedules
 from jaxmem.planning.tpu import devices, environment

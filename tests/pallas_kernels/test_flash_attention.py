@@ -150,7 +150,7 @@ def test_a_block_is_passed_over_only_if_nothing_in_it_is_seen(mask, rows):
     some = np.asarray(jnp.any(seen, axis=(-1, -2)))
     maybe = np.asarray(may_see(MASKS[mask], *map(extent, pairs)))
     assert not np.any(some & ~maybe)
-    if rows == "one document" and mask != "prefix":
+    if rows == "one document" and not mask.startswith("prefix"):
         np.testing.assert_array_equal(maybe, some)
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from attention_cases import B, assert_close, make, on_fake_tpu, races_found, values_and_gradients
 
+from jaxmem.pallas_kernels.block_spans import sees_all, spans, visible
 from jaxmem.pallas_kernels.flash_attention import flash_attention
-from jaxmem.pallas_kernels.flash_attention_tpu import Stream, sees_all, spans, visible
+from jaxmem.pallas_kernels.flash_attention_tpu import Stream
 from jaxmem.pallas_kernels.masks import Mask, Place
 
 T = 300

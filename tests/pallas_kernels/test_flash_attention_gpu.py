@@ -1,0 +1,136 @@
+"""The GPU's kernels without a GPU: interpreted, against the blocks of XLA; lowered to Triton for every option."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import assert_close, make
+
+from jaxmem.algebra.softmax import Partial
+from jaxmem.pallas_kernels import flash_attention_gpu, flash_attention_xla
+from jaxmem.pallas_kernels.flash_attention import flash_attention, prepare
+from jaxmem.pallas_kernels.masks import Mask
+
+T = 70
+"""Whole blocks of 16 and 32, and one that is filled up."""
+CASES = {
+    "causal packed grouped": {"rows": "packed", "heads": (4, 2), "widths": (24, 16), "blocks": (16, 32)},
+    "full padded, all heads share keys": {"mask": "full", "rows": "padded", "heads": (4, 1), "blocks": (32, 16)},
+    "window padded dropout": {"mask": "window 9", "rows": "padded", "rate": 0.3, "blocks": (16, 16)},
+    "both ways capped": {"mask": "both ways 5", "soft_cap": 2.0, "heads": (2, 2), "blocks": (32, 32)},
+    "chunks dropout": {"mask": "chunks of 7", "rows": "packed", "rate": 0.3, "widths": (16, 40), "blocks": (32, 16)},
+    "prefix": {"mask": "prefix", "rows": "packed", "blocks": (16, 32)},
+    "prefix and window": {"mask": "prefix", "within": Mask(window=11), "rows": "packed", "blocks": (32, 16)},
+    "prefix and chunk": {"mask": "prefix", "within": Mask(chunk=13), "soft_cap": 2.0, "blocks": (16, 16)},
+    "default blocks": {"rows": "packed", "rate": 0.3, "blocks": (None, None)},
+}
+
+
+def values_and_gradients(of, arrays, options, cotangents, order=slice(None), **call):
+    """What a module's two functions compute; `order` of the keys."""
+    place = jax.tree.map(lambda x: x[:, order], options["k_place"])
+    arrays = arrays | {name: arrays[name][:, order] for name in "kv"}
+    *prepared, static = prepare(**arrays, **options | {"k_place": place})
+
+    @jax.jit
+    def run(q, k, v, prepared, cotangents):
+        result = of.forward(q, k, v, *prepared, static, **call)
+        found = of.gradients(q, k, v, *prepared, result, Partial(*cotangents), static, **call)
+        return dict(zip(("o", "lse", "d_q", "d_k", "d_v"), (*result, *found[:3]), strict=True))
+
+    return jax.device_get(run(*(arrays[name] for name in "qkv"), prepared, cotangents))
+
+
+def case(within=None, **changes):
+    arrays, options, cotangents = make(**{"n_tokens": T} | changes)
+    return arrays, options if within is None else options | {"mask": within}, cotangents
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "causal packed grouped" else pytest.mark.slow) for n in CASES]
+)
+def test_kernels_are_the_blocks_of_xla(name):
+    arguments = case(**CASES[name])
+    got = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
+    assert_close(got, values_and_gradients(flash_attention_xla, *arguments), 5e-6)
+
+
+@pytest.mark.slow
+def test_keys_may_stand_in_any_order():
+    arguments = case(mask="window 9", rows="packed", rate=0.3, blocks=(16, 16))
+    order = jax.random.permutation(jax.random.key(1), T)
+    back = jnp.argsort(order)
+    want = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
+    got = values_and_gradients(flash_attention_gpu, *arguments, order=order, interpret=True)
+    assert_close(got | {name: got[name][:, back] for name in ("d_k", "d_v")}, want, 2e-6)
+
+
+@pytest.mark.slow
+def test_rows_that_see_nothing():
+    arguments = case(rows="padded", blocks=(32, 32))
+    got = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
+    nowhere = np.asarray(arguments[1]["q_place"].segment == 0)
+    assert np.all(got["lse"][nowhere] == -np.inf)
+    for name in ("o", "d_q", "d_k", "d_v"):
+        assert np.all(got[name][nowhere] == 0), name
+
+
+@pytest.mark.slow
+def test_bf16_products_accumulate_in_fp32():
+    arguments = case(rows="packed", dtype=jnp.bfloat16, blocks=(16, 32))
+    got = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
+    want = values_and_gradients(flash_attention_xla, *arguments)
+    assert {x.dtype for x in got.values()} == {np.dtype("float32")}
+    assert_close({"lse": got["lse"]}, {"lse": want["lse"]}, 1e-5)  # exact products of bf16, sums in fp32
+    assert_close(got, want, 2.0**-8)  # weights and their gradients are rounded once to bf16
+
+
+LOWERED = {
+    "causal": {},
+    "full packed": {"mask": "full", "rows": "packed", "heads": (4, 1), "soft_cap": 2.0},
+    "window dropout": {"mask": "window 9", "rate": 0.3},
+    "prefix in pieces": {"mask": "prefix", "widths": (192, 128)},
+    "odd widths": {"mask": "chunks of 7", "widths": (80, 96), "n_tokens": 300},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="from JAX 0.11 on, this lowering asks for a GPU")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("implementation", ["pallas_gpu", None])
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_to_triton_for_cuda(name, implementation, dtype):
+    """Forward and backward by the operation itself; None picks these kernels for CUDA."""
+    arrays, options, _ = make(
+        **{"widths": (64, 64), "dtype": dtype, "blocks": (None, None), "n_tokens": 256} | LOWERED[name]
+    )
+
+    def loss(arrays):
+        o, lse = flash_attention(**arrays, **options, implementation=implementation)
+        return jnp.sum(o) + jnp.sum(lse)
+
+    triton = "__gpu$xla.gpu.triton"
+    check = jax.export.DisabledSafetyCheck.custom_call(triton)
+    exported = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=["cuda"], disabled_checks=[check])(arrays)
+    text = exported.mlir_module()
+    assert text.count(triton) == 3
+    for kernel in ("forward", "dq", "dkv"):
+        assert f"flash_attention_{kernel}" in text
+
+
+ERRORS = {
+    "relative": ({"relative": 5}, r"with relative positions, got 'pallas_gpu'; use 'xla'"),
+    "block": (
+        {"blocks": (96, 64)},
+        r"with blocks that are no powers of two from 16, such as 96 x 64, got 'pallas_gpu'; use 'xla'",
+    ),
+    "small block": ({"blocks": (8, 64)}, r"with blocks that are no powers of two from 16, such as 8 x 64"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    changes, text = ERRORS[name]
+    arrays, options, _ = case(**changes)
+    with pytest.raises(NotImplementedError, match="flash_attention: needs an implementation " + text):
+        flash_attention(**arrays, **options, implementation="pallas_gpu")
