@@ -24,22 +24,32 @@ class Span(NamedTuple):
     end: Int[Array, "..."]
 
 
+def one_segment(q: Span, k: Span) -> Bool[Array, ""]:
+    """Whether all tokens of two blocks are of one document."""
+    return (q.segment_low == q.segment_high) & (k.segment_low == k.segment_high) & (q.segment_low == k.segment_low)
+
+
 def sees_all(mask: Mask, q: Span, k: Span) -> Bool[Array, ""]:
     """True only if every query of a block sees every key of the other."""
-    segments = (q.segment_low == q.segment_high) & (k.segment_low == k.segment_high) & (q.segment_low == k.segment_low)
+    seen = one_segment(q, k)
     if mask.causal:
-        segments &= k.index_high <= q.index_low
+        seen &= k.index_high <= q.index_low
     if mask.window is not None:
-        segments &= (q.index_high - k.index_low < mask.window) & (k.index_high - q.index_low < mask.window)
+        seen &= (q.index_high - k.index_low < mask.window) & (k.index_high - q.index_low < mask.window)
     if mask.chunk is not None:
-        segments &= _chunk(mask, q.index_low) == _chunk(mask, k.index_high)
-        segments &= _chunk(mask, q.index_high) == _chunk(mask, k.index_low)
-    return segments
+        seen &= _chunk(mask, q.index_low) == _chunk(mask, k.index_high)
+        seen &= _chunk(mask, q.index_high) == _chunk(mask, k.index_low)
+    return seen
 
 
 def visible(mask: Mask, q: Place, k: Place) -> Bool[Array, "..."]:
     """Which key each query sees, of arrays that broadcast; padding of queries is segment -1, of keys 0."""
-    seen = q.segment == k.segment
+    return (q.segment == k.segment) & visible_in_segment(mask, q, k)
+
+
+def visible_in_segment(mask: Mask, q: Place, k: Place) -> Bool[Array, "..."] | bool:
+    """The same of tokens of one document."""
+    seen = True
     if mask.causal:
         past = k.index <= q.index
         seen &= past if k.prefix is None else past | (k.prefix != 0)

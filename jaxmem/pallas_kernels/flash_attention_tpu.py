@@ -6,10 +6,11 @@ elementwise operations of whole registers, statistics are rows [1, C_q], and all
     s = k q^T [C_k C_q]      p = exp(s - top)      o^T = v^T p [V C_q]
     dp = v do^T [C_k C_q]    ds = p (dp - delta)   dv = p do    dk = ds q    dq^T = k^T ds [K C_q]
 
-Exponents are to the base 2, log2(e) in the scale. Blocks of the other side go double-buffered from HBM to VMEM, from the
-first to the last that may be seen, which XLA finds from what each block spans: a few numbers per block in SMEM, no table of
-pairs. A pair of blocks that all see each other is not masked. The backward pass visits each pair once: dk and dv stay in
-VMEM, dq^T is read, added to and written back to HBM in fp32.
+Exponents are to the base 2, and the scale of the logits is in q^T, which is rounded to its dtype once more. Blocks of the
+other side go double-buffered from HBM to VMEM, from the first to the last that may be seen, which XLA finds from what each
+block spans: a few numbers per block in SMEM, no table of pairs. A pair of blocks that all see each other is not masked, one
+of a single document by indices alone. The backward pass visits each pair once: dk and dv stay in VMEM, dq^T is read, added
+to and written back to HBM in fp32.
 
 VMEM per program: 2 blocks of keys and values, a few [C_k, C_q] in fp32. HBM: forward reads k and v once per block of queries.
 Reference: Dao 2023, arXiv 2307.08691; Milakov and Gimelshein 2018, arXiv 1805.02867 (running maximum).
@@ -26,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.attention_scores import Extras, Static, kept
-from jaxmem.pallas_kernels.block_spans import Span, sees_all, spans, visible
+from jaxmem.pallas_kernels.block_spans import Span, one_segment, sees_all, spans, visible, visible_in_segment
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.typing import Array, Float, Int
 
@@ -35,8 +36,8 @@ LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Running maximum before any key: finite, so that masked scores of -inf weigh exp2(-inf) = 0."""
 VMEM_BYTES = 64 * 2**20
 """What a program may use."""
-TILE = 512
-"""Queries and keys of a piece of a block: one piece's scores are multiplied while the weights of another are computed."""
+PIECE = 512
+"""Keys of a block whose scores are multiplied while the weights of the piece before are computed."""
 SPAN = 6
 """Numbers that a kernel is told of each of its own blocks, and of the other side's."""
 
@@ -93,22 +94,31 @@ class Stream:
 
 
 def _scores(k, qT, static: Static):
-    """[C_k C_q], to the base 2, not masked; and the derivative of the soft cap, or None."""
+    """[C_k C_q], to the base 2, not masked; and the derivative of the soft cap, or None. The scale is in qT."""
     s = _dot(k, qT)
     if static.soft_cap is None:
-        return s * (static.scale * LOG2_E), None
-    bent = jnp.tanh(s * (static.scale / static.soft_cap))
+        return s, None
+    bent = jnp.tanh(s)
     return (LOG2_E * static.soft_cap) * bent, 1 - bent * bent
+
+
+def _scaled(qT: Float[Array, "B H K T"], static: Static) -> Float[Array, "B H K T"]:
+    scale = static.scale * LOG2_E if static.soft_cap is None else static.scale / static.soft_cap
+    return (qT.astype(jnp.float32) * scale).astype(qT.dtype)
+
+
+def _by_mask(static: Static, q: Span, k: Span, work) -> None:
+    """work(rule), where rule(mask, q, k) says which pairs of tokens of two blocks see each other; None: all."""
+    whole, together = sees_all(static.mask, q, k), one_segment(q, k)
+    pl.when(whole)(lambda: work(None))
+    pl.when(~whole & together)(lambda: work(visible_in_segment))
+    pl.when(~together)(lambda: work(visible))
 
 
 def _dot(a, b):
     exact = a.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _tiles(size: int) -> list[slice]:
-    return [slice(start, min(start + TILE, size)) for start in range(0, size, TILE)]
 
 
 def _rows(places: Int[Array, "P C"]) -> Place:
@@ -138,33 +148,28 @@ def _forward_kernel(
         return k_hbm.at[b, g, tokens], vT_hbm.at[b, g, :, tokens], k_places_hbm.at[b, :, tokens]
 
     def fold(n, slot):
-        def attend(masked: bool):
-            needed = _tiles(size) if masked or static.rate else []
-            columns = {keys.start: _columns(k_places_buffer[slot, :, keys]) for keys in needed}
-            tiles = [(queries, keys) for keys in _tiles(size) for queries in _tiles(static.block_q)]
-            score = lambda queries, keys: _scores(k_buffer[slot, keys], qT[0, 0, :, queries], static)[0]
-            state = {q.start: (top[:, q], total[:, q], acc[:, q]) for q in _tiles(static.block_q)}
-            following = score(*tiles[0])
-            for here, (queries, keys) in enumerate(tiles):
-                q, k = _rows(q_places[0, :, queries]), columns.get(keys.start)
-                s = jnp.where(visible(static.mask, q, k), following, -jnp.inf) if masked else following  # [C_k C_q]
-                if here + 1 < len(tiles):
-                    following = score(*tiles[here + 1])
-                old_top, weight, o = state[queries.start]
+        def attend(rule):
+            pieces = [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+            score = lambda keys: _scores(k_buffer[slot, keys], qT[0, 0], static)[0]
+            old_top, weight, o, following = top[...], total[...], acc[...], score(pieces[0])
+            for here, keys in enumerate(pieces):
+                s = following  # [C_k C_q]
+                if rule or static.rate:
+                    q, k = _rows(q_places[0]), _columns(k_places_buffer[slot, :, keys])
+                if rule:
+                    s = jnp.where(rule(static.mask, q, k), s, -jnp.inf)
+                if here + 1 < len(pieces):
+                    following = score(pieces[here + 1])
                 new_top = jnp.maximum(old_top, jnp.max(s, axis=0, keepdims=True))
                 p, fade = jnp.exp2(s - new_top), jnp.exp2(old_top - new_top)
                 weight = fade * weight + jnp.sum(p, axis=0, keepdims=True)
                 if static.rate:
                     p *= kept(seeds[b * pl.num_programs(1) + h], q.index, k.index, static.rate)
                 o = fade * o + _dot(vT_buffer[slot, :, keys], p.astype(vT_buffer.dtype))
-                state[queries.start] = new_top, weight, o
-            for queries in _tiles(static.block_q):
-                top[:, queries], total[:, queries], acc[:, queries] = state[queries.start]
+                old_top = new_top
+            top[...], total[...], acc[...] = old_top, weight, o
 
-        whole = sees_all(static.mask, mine, _read(k_spans, b, mine.first + n, n_k))
-
-        pl.when(whole)(lambda: attend(masked=False))
-        pl.when(~whole)(lambda: attend(masked=True))
+        _by_mask(static, mine, _read(k_spans, b, mine.first + n, n_k), attend)
 
     buffers = k_buffer, vT_buffer, k_places_buffer
     Stream(sources, buffers, semaphores).run(mine.end - mine.first, fold)
@@ -213,27 +218,25 @@ def _backward_kernel(
     def pull_back(n, slot):
         h, i = block(n)
 
-        def add(masked: bool):
+        def add(rule):
             s, slope = _scores(k[0, 0], qT_buffer[slot], static)
-            if masked or static.rate:
+            if rule or static.rate:
                 queries, keys = _rows(places_buffer[slot]), _columns(k_places[0])
-            if masked:
-                s = jnp.where(visible(static.mask, queries, keys), s, -jnp.inf)
+            if rule:
+                s = jnp.where(rule(static.mask, queries, keys), s, -jnp.inf)
             lse, delta = rows_buffer[slot, 0:1], rows_buffer[slot, 1:2]
             p = jnp.exp2(s - lse)
-            dp, kept = _dot(v[0, 0], doT_buffer[slot]), p
+            dp, weights = _dot(v[0, 0], doT_buffer[slot]), p
             if static.rate:
                 keep = kept(seeds[b * pl.num_programs(1) * repeats + h], queries.index, keys.index, static.rate)
-                dp, kept = keep * dp, keep * p
-            dv[0, 0] += _dot(kept.astype(do_buffer.dtype), do_buffer[slot])
-            ds = p * (dp - delta) * static.scale
+                dp, weights = keep * dp, keep * p
+            dv[0, 0] += _dot(weights.astype(do_buffer.dtype), do_buffer[slot])
+            ds = p * (dp - delta)
             ds = (ds if slope is None else ds * slope).astype(q_buffer.dtype)
             dk[0, 0] += _dot(ds, q_buffer[slot])
             dqT_buffer[slot] += _dot(kT[0, 0], ds)
 
-        whole = sees_all(static.mask, _read(q_spans, b, i, n_q), mine)
-        pl.when(whole)(lambda: add(masked=False))
-        pl.when(~whole)(lambda: add(masked=True))
+        _by_mask(static, _read(q_spans, b, i, n_q), mine, add)
         write(n, slot).start()
 
     buffers = q_buffer, qT_buffer, do_buffer, doT_buffer, rows_buffer, places_buffer, dqT_buffer
@@ -272,7 +275,7 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
         cost_estimate=_cost(x, n_products=2),
         name="flash_attention_forward",
         **call,
-    )(x.q_spans, x.k_spans, x.seeds, x.q.mT, x.q_places, x.k, x.v.mT, x.k_places)
+    )(x.q_spans, x.k_spans, x.seeds, _scaled(x.q.mT, static), x.q_places, x.k, x.v.mT, x.k_places)
     n_tokens = q.shape[1]
     return Partial(oT.transpose(0, 3, 1, 2)[:, :n_tokens], lse[:, :, 0].transpose(0, 2, 1)[:, :n_tokens])
 
@@ -342,11 +345,11 @@ def gradients(
         name="flash_attention_backward",
         **call,
     )(
-        x.q_spans, x.k_spans, x.seeds, x.k, x.v, x.k.mT, x.k_places, x.q, x.q.mT, do, do.mT, rows, x.q_places,
-        jnp.zeros_like(x.q.mT, jnp.float32),
+        x.q_spans, x.k_spans, x.seeds, x.k, x.v, x.k.mT, x.k_places, x.q, _scaled(x.q.mT, static), do, do.mT, rows,
+        x.q_places, jnp.zeros_like(x.q.mT, jnp.float32),
     )  # fmt: skip
     back = lambda a, n_tokens: a.transpose(0, 2, 1, 3)[:, :n_tokens]
-    return back(dqT.mT, q.shape[1]), back(dk, k.shape[1]), back(dv, k.shape[1]), None
+    return static.scale * back(dqT.mT, q.shape[1]), static.scale * back(dk, k.shape[1]), back(dv, k.shape[1]), None
 
 
 class Arranged(NamedTuple):

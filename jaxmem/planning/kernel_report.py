@@ -1,13 +1,15 @@
-"""`jaxmem kernels`: static cycles of attention on a TPU that is not here, beside JAX's own splash attention.
+"""`jaxmem kernels`: static cycles of attention on a TPU that is not here, beside JAX's own splash attention and tokamax's.
 
 Every kernel is compiled in a process of its own, since libtpu reads only at its start that it shall dump schedules.
 """
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -36,12 +38,14 @@ class Candidate:
     """A kernel with its block sizes."""
 
     code: str
-    """jaxmem or splash."""
+    """jaxmem, splash (JAX's), or tokamax."""
     backward: bool
     block_q: int
     block_k: int
     block_k_compute: int = 512
-    """Of splash."""
+    """Of splash and tokamax."""
+    scheduler: bool = False
+    """Of tokamax: `use_experimental_scheduler`."""
 
     @property
     def kernels(self) -> str:
@@ -50,18 +54,23 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        blocks = f"{self.block_q} x {self.block_k}" + (f" by {self.block_k_compute}" if self.code == "splash" else "")
-        return f"{self.code} {'backward' if self.backward else 'forward'}, {blocks}"
+        blocks = f"{self.block_q} x {self.block_k}" + (f" by {self.block_k_compute}" if self.code != "jaxmem" else "")
+        scheduled = ", scheduler" if self.scheduler else ""
+        return f"{self.code} {'backward' if self.backward else 'forward'}, {blocks}{scheduled}"
 
 
 def candidates() -> list[Candidate]:
-    """Ours, and splash attention with the block sizes that are worth trying."""
+    """Ours, JAX's splash attention and tokamax's, if that is installed, with the block sizes that are worth trying."""
     sizes = [(1024, 1024), (512, 1024), (1024, 512), (2048, 512)]
     of_splash = [(1024, 1024, 512), (1024, 1024, 1024), (512, 1024, 512), (1024, 2048, 512), (2048, 1024, 512)]
     found = []
     for backward in (False, True):
         found += [Candidate("jaxmem", backward, *size) for size in sizes]
         found += [Candidate("splash", backward, *size) for size in of_splash]
+        if importlib.util.find_spec("tokamax") is not None:
+            found += [
+                Candidate("tokamax", backward, *size, scheduled) for size in of_splash for scheduled in (False, True)
+            ]
     return found
 
 
@@ -86,29 +95,34 @@ def static_cycles(candidate: Candidate, problem: Problem, topology: str) -> tupl
         part.used["matmul"] * of(part)
         for kernel, of in zip(kernels, turns, strict=True)
         for outer in kernel.parts
-        for part in (outer, *outer.arms)
+        for part in outer.all_parts
     )
     return cycles, issued / (cycles * kernels[0].capacity["matmul"])
 
 
-def _turns(candidate: Candidate, problem: Problem, kernel: Schedule):
+def _turns(candidate: Candidate, problem: Problem, kernel: Schedule) -> Callable[[Part], float]:
     """How often each part of a kernel runs."""
     whole, masked = (problem.heads * n for n in visited(problem.tokens, candidate.block_q, candidate.block_k))
     n_q, n_k = problem.tokens // candidate.block_q, problem.tokens // candidate.block_k
     programs = problem.heads * (n_k if candidate.backward else n_q)
+    steps = problem.heads * n_q * n_k if candidate.code == "splash" else whole + masked
 
     def of_ours(part: Part) -> float:
-        unmasked_arm, masked_arm = sorted(kernel.parts[2].arms, key=lambda arm: arm.bundles)[-2:]
-        if part in (unmasked_arm, masked_arm):
-            return whole if part == unmasked_arm else masked
-        return {0: 1, 1: programs, 2: whole + masked}.get(part.depth, programs)
+        *others, unmasked, masked_in_segment, in_general = sorted(kernel.parts[2].arms, key=lambda arm: arm.bundles)
+        known = {id(unmasked): whole, id(masked_in_segment): masked, id(in_general): 0}
+        return known.get(id(part), {0: 1, 1: programs, 2: whole + masked}.get(part.depth, programs))
 
-    def of_splash(part: Part) -> float:
-        if part.depth == 1:
-            return whole + masked if part in kernel.parts[1].arms else problem.heads * n_q * n_k
-        return 1 if part.depth == 0 else whole + masked
+    def of_theirs(part: Part) -> float:
+        """A loop over pairs of blocks; in it an arm for those that are visited; in that begin, work and end."""
+        inside = sorted((p for arm in kernel.parts[1].arms for p in arm.arms), key=lambda arm: arm.bundles)
+        n_works = 1 if candidate.code == "splash" else 2  # with a mask always, or with and without one
+        works = (whole + masked,) if n_works == 1 else (whole, masked)
+        known = {id(kernel.parts[0]): 1, id(kernel.parts[1]): steps}
+        known |= {id(arm): n for arm, n in zip(inside[-n_works:], works, strict=True)}
+        known |= {id(arm): programs for arm in inside[:-n_works]}
+        return known.get(id(part), whole + masked)
 
-    return of_ours if candidate.code == "jaxmem" else of_splash
+    return of_ours if candidate.code == "jaxmem" else of_theirs
 
 
 def visited(n_tokens: int, block_q: int, block_k: int) -> tuple[int, int]:
@@ -140,17 +154,20 @@ def report(topology: str, problem: Problem = Problem()) -> str:
         key = candidate.code, candidate.backward
         best[key] = min(best.get(key, float("inf")), cycles)
         lines.append(f"  {candidate.name:44}{cycles:14,.0f}   MXU {100 * mxu:3.0f} % of issue slots")
-    for backward, name in ((False, "forward"), (True, "backward")):
-        lines.append(f"  {name}: jaxmem / splash {best['jaxmem', backward] / best['splash', backward]:.2f}")
-    total = {code: best[code, False] + best[code, True] for code in ("jaxmem", "splash")}
-    lines.append(f"  forward + backward: jaxmem / splash {total['jaxmem'] / total['splash']:.2f}")
+    for theirs in ("splash", "tokamax"):
+        if (theirs, False) in best and (theirs, True) in best:
+            ratios = ", ".join(
+                f"{name} {sum(best['jaxmem', x] for x in passes) / sum(best[theirs, x] for x in passes):.2f}"
+                for name, passes in (("forward", [False]), ("backward", [True]), ("both", [False, True]))
+            )
+            lines.append(f"  jaxmem / {theirs}: {ratios}")
     return "\n".join(lines)
 
 
 def compile_candidate(topology: str, candidate: Candidate, problem: Problem) -> None:
     """Compiles one kernel; the process dumps its schedule."""
     shape = (problem.heads, problem.tokens, problem.width)
-    f = _splash(candidate, problem) if candidate.code == "splash" else _ours(candidate)
+    f = {"jaxmem": _ours, "splash": _splash, "tokamax": _tokamax}[candidate.code](candidate, problem)
     if candidate.code == "jaxmem":
         shape = (1, problem.tokens, problem.heads, problem.width)
     there = jax.sharding.SingleDeviceSharding(devices(topology)[0])
@@ -159,7 +176,7 @@ def compile_candidate(topology: str, candidate: Candidate, problem: Problem) -> 
     jax.jit(gradients if candidate.backward else f).lower(x, x, x).compile()
 
 
-def _ours(candidate: Candidate):
+def _ours(candidate: Candidate, problem: Problem):
     blocks = {"block_q": candidate.block_q, "block_k": candidate.block_k}
     return lambda q, k, v: flash_attention(q, k, v, Mask(), implementation="pallas_tpu", **blocks).o
 
@@ -176,7 +193,20 @@ def _splash(candidate: Candidate, problem: Problem):
     return splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
 
 
+def _tokamax(candidate: Candidate, problem: Problem):
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as kernels
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
+
+    q, k, compute = candidate.block_q, candidate.block_k, candidate.block_k_compute
+    config = kernels.SplashConfig(
+        block_q=q, block_kv=k, block_kv_compute=compute, block_q_dkv=q, block_kv_dkv=k, block_kv_dkv_compute=compute,
+        use_experimental_scheduler=candidate.scheduler,
+    )  # fmt: skip
+    return kernels.make_splash_mha_single_device(masks.CausalMask((problem.tokens, problem.tokens)), config=config)
+
+
 if __name__ == "__main__":
     topology, code, backward, *numbers = sys.argv[1:]
-    sizes = [int(x) for x in numbers]
-    compile_candidate(topology, Candidate(code, backward == "True", *sizes[:3]), Problem(*sizes[3:]))
+    *blocks, scheduler, heads, tokens, width = numbers
+    candidate = Candidate(code, backward == "True", *map(int, blocks), scheduler == "True")
+    compile_candidate(topology, candidate, Problem(int(heads), int(tokens), int(width)))

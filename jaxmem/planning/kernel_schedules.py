@@ -8,13 +8,16 @@ kernel. Stalls, waits for copies and cache misses are not in it: good for compar
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 SLOTS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
 """Columns of the compiler's table of use."""
 ARM_BUNDLES = 64
 """A branch that skips fewer is no arm."""
+
+Span = tuple[int, int]
+"""First bundle, and one past the last."""
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(?:LH|LB|LE|PB|PF|CT)\s*)*:\s*((?:> ?)*)(.*)$")
 _BRANCH = re.compile(r"sbr\.rel(?: \([^)]*\))? target = \$region(\d+)")
@@ -23,7 +26,7 @@ _REGION = re.compile(r"(?:Start/End empty|Start|End) region (\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Consecutive bundles of one loop, the arms in it left out."""
+    """Bundles of one loop or arm, the arms in it left out."""
 
     depth: int
     """Of the loop it belongs to; 0: outside all."""
@@ -31,6 +34,11 @@ class Part:
     used: dict[str, int]
     """Slots of each kind."""
     arms: tuple["Part", ...] = ()
+
+    @property
+    def all_parts(self) -> list["Part"]:
+        """This one, its arms, and theirs."""
+        return [self, *(part for arm in self.arms for part in arm.all_parts)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +53,7 @@ class Schedule:
 
     def cycles(self, turns: Callable[[Part], float]) -> float:
         """Bundles of every part and arm, times its turns."""
-        everything = [part for outer in self.parts for part in (outer, *outer.arms)]
-        return sum(part.bundles * turns(part) for part in everything)
+        return sum(part.bundles * turns(part) for outer in self.parts for part in outer.all_parts)
 
 
 def read_schedules(folder: Path) -> dict[str, Schedule]:
@@ -80,23 +87,25 @@ def _read_schedule(name: str, bundles_text: str, used_text: str) -> Schedule:
     capacity, used = dict(zip(SLOTS, rows[0], strict=True)), rows[1:]
     assert len(used) == len(bundles), "one row of use per bundle"
 
-    def part(indices: list[int], depth: int, arms: tuple[Part, ...] = ()) -> Part:
-        sums = (sum(used[i][slot] for i in indices) for slot in range(len(SLOTS)))
-        return Part(depth, len(indices), dict(zip(SLOTS, sums, strict=True)), arms)
+    depths = [depth for depth, _ in bundles]
+    spans = _spans(depths, [text for _, text in bundles])
 
-    arms = _arms([depth for depth, _ in bundles], [text for _, text in bundles])
-    parts = []
-    for depth in range(1 + max(depth for depth, _ in bundles)):
-        here = [span for span in arms if bundles[span[0] - 1][0] == depth]
-        within = {i for first, end in here for i in range(first, end)}
-        common = [i for i, (d, _) in enumerate(bundles) if d == depth and i not in within]
-        of_arms = tuple(part([i for i in range(*span) if bundles[i][0] == depth], depth) for span in here)
-        parts.append(part(common, depth, of_arms))
-    return Schedule(name, capacity, tuple(parts))
+    def part(within: Iterable[int], depth: int, inner: list[Span]) -> Part:
+        """Of the bundles at this depth; the longest of the inner spans are its arms."""
+        longest = [a for a in inner if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in inner)]
+        arms = tuple(part(range(*a), depth, [b for b in inner if b != a and a[0] <= b[0] < a[1]]) for a in longest)
+        in_arms = {i for arm in longest for i in range(*arm)}
+        own = [i for i in within if depths[i] == depth and i not in in_arms]
+        sums = (sum(used[i][slot] for i in own) for slot in range(len(SLOTS)))
+        return Part(depth, len(own), dict(zip(SLOTS, sums, strict=True)), arms)
+
+    everywhere = range(len(bundles))
+    of_depth = lambda depth: [span for span in spans if depths[span[0] - 1] == depth]
+    return Schedule(name, capacity, tuple(part(everywhere, d, of_depth(d)) for d in range(1 + max(depths))))
 
 
-def _arms(depths: list[int], texts: list[str]) -> list[tuple[int, int]]:
-    """[first, end) of what branches inside loops can skip; of nested ones at the same depth, the outermost."""
+def _spans(depths: list[int], texts: list[str]) -> list[Span]:
+    """What branches inside loops can skip, each once."""
     starts: dict[str, int] = {}
     for i, text in enumerate(texts):
         for region in _REGION.findall(text):
@@ -106,7 +115,6 @@ def _arms(depths: list[int], texts: list[str]) -> list[tuple[int, int]]:
         for region in _BRANCH.findall(text):
             end = starts.get(region, -1)
             own = sum(depth == depths[i] for depth in depths[i + 1 : end])
-            nested = any(depths[first - 1] == depths[i] and first <= i < last for first, last in spans)
-            if depths[i] > 0 and own >= ARM_BUNDLES and not nested:
+            if depths[i] > 0 and own >= ARM_BUNDLES and (i + 1, end) not in spans:
                 spans.append((i + 1, end))
     return spans

@@ -30,6 +30,16 @@ def test_a_loop_with_an_arm(tmp_path):
     assert schedule.cycles(lambda part: turns[part.bundles]) == 5 + 30 + 400
 
 
+def test_arms_in_arms(tmp_path):
+    nop, branch = ["{ nop }", 0], lambda region: [f"{{ sbr.rel (%p1) target = $region{region} }}", 0]
+    end = lambda region: [f"{{ nop }} /* End region {region} */", 0]
+    work, begin = [branch(1), *[nop] * 200, end(1)], [branch(2), *[nop] * 70, end(2)]
+    write_dump(tmp_path, [branch(9), *begin, *work, end(9)])
+    (run,) = read_schedules(tmp_path)["kernel.1"].parts[1].arms
+    assert (run.bundles, [arm.bundles for arm in run.arms]) == (4, [70, 200])
+    assert [part.bundles for part in run.all_parts] == [4, 70, 200]
+
+
 def test_short_branches_are_no_arms(tmp_path):
     skipped = [["{ nop }", 0]] * 10
     branch, end = [["{ sbr.rel (%p1) target = $region7 }", 0]], [["{ nop } /* End region 7 */", 0]]
