@@ -236,7 +236,8 @@ def kernels(
         from jaxmem.planning import kernel_report
 
         for generation in tpu or ("v5p", "v6e", "tpu7x"):
-            print(kernel_report.report(generation, kernel_report.Problem(heads, tokens, width)), flush=True)
+            for line in kernel_report.report(generation, kernel_report.Problem(heads, tokens, width)):
+                print(line, flush=True)
     return 0
 
 

@@ -83,6 +83,8 @@ def jaxmem(*words, **environment) -> subprocess.CompletedProcess:
         ),
         (("generate",), ("--prompt", "--temperature", "--capacity", "Folder of a run")),
         (("info",), ("Name of a preset, or an experiment file", "--context")),
+        (("plan", "tiny.py"), ("--tpu STR", "--mesh.seq", "--mesh.layout", "Topology, e.g. v5p:8x8x8")),
+        (("kernels",), ("--tpu", "--gpu", "Of a causal sequence")),
     ],
     ids=" ".join,
 )
@@ -128,6 +130,8 @@ def test_info_makes_no_array(folder):
         ("info nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
         ("train nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
         ("train tiny", "train: needs an experiment file that ends in .py, got 'tiny'; name one"),
+        ("plan tiny --tpu v5p", "plan: needs an experiment file that ends in .py, got 'tiny'; name one"),
+        ("plan nowhere.py --tpu v5p", "experiment: needs a Python file, got 'nowhere.py'; name one"),
         (
             "train wrong.py",
             r"experiment: needs a function config\(\) that returns a TrainConfig, got none in 'wrong.py'",

@@ -12,12 +12,13 @@ Its import asks for `jax.lib.xla_bridge`, which JAX no longer has: it is given a
 
 import dataclasses
 import functools
-import sys
 import types
 from collections.abc import Callable
 from importlib.metadata import version
 
 import jax
+import jax.extend
+import jax.lib
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -58,7 +59,7 @@ def ringattention(size: int) -> Callable:
     """
     bridge = types.ModuleType("jax.lib.xla_bridge")
     bridge.get_backend = jax.extend.backend.get_backend
-    sys.modules.setdefault("jax.lib.xla_bridge", bridge)
+    jax.lib.xla_bridge = bridge
     from ringattention import ringattention as ring
 
     options = {"causal_block_size": 1, "query_chunk_size": size, "key_chunk_size": size, "deterministic": True}

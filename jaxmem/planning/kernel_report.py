@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -141,27 +141,26 @@ def visited(n_tokens: int, block_q: int, block_k: int) -> tuple[int, int]:
     return whole, pairs - whole
 
 
-def report(topology: str, problem: Problem = Problem()) -> str:
-    """A table of all candidates, and the ratio of the best of ours to the best of splash."""
-    lines = [f"{topology}: causal attention, {problem}; static cycles, which ignore stalls"]
+def report(topology: str, problem: Problem = Problem()) -> Iterator[str]:
+    """Lines of a table of all candidates, as they are compiled; then the ratios of the best of ours to the best of others."""
+    yield f"{topology}: causal attention, {problem}; static cycles, which ignore stalls"
     best: dict[tuple[str, bool], float] = {}
     for candidate in candidates():
         try:
             cycles, mxu = static_cycles(candidate, problem, topology)
         except RuntimeError as error:
-            lines.append(f"  {candidate.name:44} {str(error)[:80]}")
+            yield f"  {candidate.name:44} {str(error)[:80]}"
             continue
         key = candidate.code, candidate.backward
         best[key] = min(best.get(key, float("inf")), cycles)
-        lines.append(f"  {candidate.name:44}{cycles:14,.0f}   MXU {100 * mxu:3.0f} % of issue slots")
+        yield f"  {candidate.name:44}{cycles:14,.0f}   MXU {100 * mxu:3.0f} % of issue slots"
     for theirs in ("splash", "tokamax"):
         if (theirs, False) in best and (theirs, True) in best:
             ratios = ", ".join(
                 f"{name} {sum(best['jaxmem', x] for x in passes) / sum(best[theirs, x] for x in passes):.2f}"
                 for name, passes in (("forward", [False]), ("backward", [True]), ("both", [False, True]))
             )
-            lines.append(f"  jaxmem / {theirs}: {ratios}")
-    return "\n".join(lines)
+            yield f"  jaxmem / {theirs}: {ratios}"
 
 
 def compile_candidate(topology: str, candidate: Candidate, problem: Problem) -> None:

@@ -1,6 +1,7 @@
 """Attention in blocks against the equation for every pair of options, the equation against jax.nn, and what both promise."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,20 @@ def test_the_equation_matches_jax_nn(mask):
     want = {"o": o} | {f"d_{name}": d for name, d in pull(do)[0].items()}
     zero = jnp.zeros(do.shape[:-1])
     assert_close(values_and_gradients(arrays, options, (do, zero), implementation="reference"), want, 2e-6)
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "packed"])
+def test_blocks_match_the_ringattention_package(name):
+    """Values and gradients that it found on a ring of two devices, by tests/golden/make_ringattention.py."""
+    golden = np.load(Path(__file__).parent.parent / "golden" / "ringattention.npz")
+    index = jnp.broadcast_to(jnp.arange(golden["q"].shape[1]), golden["q"].shape[:2])
+    place = Place(index, jnp.asarray(golden["segments"]) if name == "packed" else jnp.ones_like(index))
+    options = {"mask": Mask(causal=name != "full"), "q_place": place, "k_place": place, "dropped": None}
+    options |= {"block_q": 16, "block_k": 24}
+    cotangents = jnp.asarray(golden["do"]), jnp.zeros(golden["do"].shape[:-1])
+    got = values_and_gradients({x: jnp.asarray(golden[x]) for x in "qkv"}, options, cotangents, implementation="xla")
+    want = {"o": "o", "d_q": "dq", "d_k": "dk", "d_v": "dv"}
+    assert_close(got, {ours: golden[f"{name}/{theirs}"] for ours, theirs in want.items()}, 2e-6)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -47,6 +47,18 @@ def test_kernels_are_the_blocks_of_xla(name):
     assert_close(got, values_and_gradients(*arguments, implementation="xla"), 5e-6)
 
 
+@pytest.mark.slow
+def test_bf16_accumulates_in_fp32():
+    arrays, options, cotangents = case("causal", rows="packed", heads=(2, 1), blocks=(128, 128), dtype=jnp.bfloat16)
+    with on_fake_tpu(dma_execution_mode="on_wait"):
+        got = jax.device_get(values_and_gradients(arrays, options, cotangents, implementation="pallas_tpu"))
+    full = {name: x.astype(jnp.float32) for name, x in arrays.items()}
+    want = values_and_gradients(full, options, cotangents, implementation="reference")
+    assert got["o"].dtype == got["lse"].dtype == np.float32
+    assert_close({"lse": got["lse"]}, {"lse": want["lse"]}, 2.0**-9)  # the scaled query is rounded once
+    assert_close(got, want, 2.0**-7)  # and so are weights and cotangents
+
+
 @pytest.mark.parametrize("mask", ["causal", "window 150", "chunks of 130", "full"])
 @pytest.mark.parametrize("rows", ["one document", "packed", "padded"])
 def test_only_pairs_that_all_see_each_other_are_not_masked(mask, rows):
