@@ -61,16 +61,14 @@ class Candidate:
 
 def candidates() -> list[Candidate]:
     """Ours, JAX's splash attention and tokamax's, if that is installed, with the block sizes that are worth trying."""
-    sizes = [(1024, 1024), (512, 1024), (1024, 512), (2048, 512)]
-    of_splash = [(1024, 1024, 512), (1024, 1024, 1024), (512, 1024, 512), (1024, 2048, 512), (2048, 1024, 512)]
-    found = []
+    sizes = [(1024, 1024), (512, 1024), (2048, 512)]
+    of_others = [(1024, 1024, 512), (1024, 1024, 1024), (1024, 2048, 512), (2048, 1024, 512)]
+    has_tokamax, found = importlib.util.find_spec("tokamax") is not None, []
     for backward in (False, True):
         found += [Candidate("jaxmem", backward, *size) for size in sizes]
-        found += [Candidate("splash", backward, *size) for size in of_splash]
-        if importlib.util.find_spec("tokamax") is not None:
-            found += [
-                Candidate("tokamax", backward, *size, scheduled) for size in of_splash for scheduled in (False, True)
-            ]
+        found += [Candidate("splash", backward, *size) for size in of_others]
+        schedulers = [False, True] if has_tokamax and not backward else [False] * has_tokamax  # the flag is for forward
+        found += [Candidate("tokamax", backward, *size, chosen) for size in of_others for chosen in schedulers]
     return found
 
 
