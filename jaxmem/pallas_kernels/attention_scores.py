@@ -85,3 +85,13 @@ def product(subscripts: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> 
     exact = jnp.result_type(x, y) == jnp.float32
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def filled(x: Array, size: int, axis: int) -> Array:
+    """Zeros behind the last one, up to a multiple of `size`."""
+    return jnp.pad(x, [(0, -x.shape[a] % size if a == axis else 0) for a in range(x.ndim)])
+
+
+def fp32_result(like: Array, *shape: int) -> jax.ShapeDtypeStruct:
+    """Of a kernel: it varies over the same mesh axes as `like`."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(like).manual_axis_type)

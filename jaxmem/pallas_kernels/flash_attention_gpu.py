@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels.attention_scores import Extras, Static, kept, product
+from jaxmem.pallas_kernels.attention_scores import Extras, Static, filled, fp32_result, kept, product
 from jaxmem.pallas_kernels.block_spans import Span, sees_all, spans, visible
 from jaxmem.pallas_kernels.gpu_launches import Launch, default_launch
 from jaxmem.pallas_kernels.masks import Place
@@ -213,8 +213,8 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
     x = _arrange("forward", q, k, v, q_place, k_place, extras, static)
     by, (batch, n_tokens, heads, _) = _by_query(x), x.q.shape
     results = [
-        (by.of_q, _fp32(q, batch, n_tokens, heads, x.v.shape[-1])),
-        (by.q_rows, _fp32(q, batch, heads, n_tokens)),
+        (by.of_q, fp32_result(q, batch, n_tokens, heads, x.v.shape[-1])),
+        (by.q_rows, fp32_result(q, batch, heads, n_tokens)),
     ]
     o, lse = _call(_forward_kernel, "forward", x, by, (), results, n_products=2, **call)
     return Partial(o[:, : q.shape[1], :, : v.shape[-1]], lse.transpose(0, 2, 1)[:, : q.shape[1]])
@@ -241,15 +241,15 @@ def gradients(
 
     def more(x: Arranged, by: Specs):
         """[(how programs see it, array)] of what only the backward pass reads."""
-        rows = [(by.q_rows, _fill(a.transpose(0, 2, 1), x.static.block_q, axis=2)) for a in (lse, delta)]
+        rows = [(by.q_rows, filled(a.transpose(0, 2, 1), x.static.block_q, axis=2)) for a in (lse, delta)]
         return [(by.of_q, _fill_heads(do, x.static.block_q)), *rows]
 
     x = arrange("dq")
     by = _by_query(x)
-    (dq,) = _call(_dq_kernel, "dq", x, by, more(x, by), [(by.of_q, _fp32(q, *x.q.shape))], n_products=3, **call)
+    (dq,) = _call(_dq_kernel, "dq", x, by, more(x, by), [(by.of_q, fp32_result(q, *x.q.shape))], n_products=3, **call)
     x = arrange("dkv")
     by = _by_key(x)
-    results = [(by.of_k, _fp32(q, *x.k.shape)), (by.of_k, _fp32(q, *x.v.shape))]
+    results = [(by.of_k, fp32_result(q, *x.k.shape)), (by.of_k, fp32_result(q, *x.v.shape))]
     dk, dv = _call(_dkv_kernel, "dkv", x, by, more(x, by), results, n_products=4, **call)
     cut = lambda a, like: a[:, : like.shape[1], :, : like.shape[-1]]
     return cut(dq, q), cut(dk, k), cut(dv, v), None
@@ -300,7 +300,7 @@ def _arrange(kernel: str, q, k, v, q_place: Place, k_place: Place, extras: Extra
     static = static.with_blocks(launch.block_q, launch.block_k)
     fits = lambda size, x: min(size, max(SMALLEST, 1 << (x.shape[1] - 1).bit_length()))
     sizes = fits(static.block_q, q), fits(static.block_k, k)
-    fill = lambda place, size: jax.tree.map(lambda x: _fill(x.astype(jnp.int32), size, axis=1), place)
+    fill = lambda place, size: jax.tree.map(lambda x: filled(x.astype(jnp.int32), size, axis=1), place)
     q_place, k_place = fill(q_place._replace(prefix=None), sizes[0]), fill(k_place, sizes[1])
     q_place = q_place._replace(segment=jnp.where(q_place.segment == 0, -1, q_place.segment))
     blocks = lambda place, size: jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), place)
@@ -386,15 +386,5 @@ def _call(kernel, name: str, x: Arranged, by: Specs, more, results, n_products: 
     )(*inputs, *(array for _, array in more))
 
 
-def _fill(x: Array, size: int, axis: int) -> Array:
-    """Zeros behind the last one, up to a multiple of `size`."""
-    return jnp.pad(x, [(0, -x.shape[a] % size if a == axis else 0) for a in range(x.ndim)])
-
-
 def _fill_heads(x: Float[Array, "B T H K"], size: int) -> Float[Array, "B T H K"]:
-    return _fill(_fill(x, size, axis=1), SMALLEST, axis=3)
-
-
-def _fp32(like: Array, *shape: int) -> jax.ShapeDtypeStruct:
-    """A result that varies over the same mesh axes as `like`."""
-    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(like).manual_axis_type)
+    return filled(filled(x, size, axis=1), SMALLEST, axis=3)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels.attention_scores import Extras, Static, kept
+from jaxmem.pallas_kernels.attention_scores import Extras, Static, filled, fp32_result, kept
 from jaxmem.pallas_kernels.block_spans import Span, one_segment, sees_all, spans, visible, visible_in_segment
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.typing import Array, Float, Int
@@ -268,8 +268,8 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
             ],
         ),
         out_shape=[
-            _fp32(q, batch, heads, value, n_q * size_q),
-            _fp32(q, batch, heads, 1, n_q * size_q),
+            fp32_result(q, batch, heads, value, n_q * size_q),
+            fp32_result(q, batch, heads, 1, n_q * size_q),
         ],
         compiler_params=_parameters("parallel"),
         cost_estimate=_cost(x, n_products=2),
@@ -298,8 +298,8 @@ def gradients(
     empty = result.lse == -jnp.inf
     delta = jnp.where(empty, 0.0, jnp.sum(cotangents.o * result.o, axis=-1) - cotangents.lse)
     rows = jnp.stack([jnp.where(empty, 0.0, result.lse * LOG2_E), delta], axis=1)  # [B 2 T H]
-    rows = _fill(rows.transpose(0, 3, 1, 2), size_q, axis=3)
-    do = _fill(cotangents.o.astype(v.dtype).transpose(0, 2, 1, 3), size_q, axis=2)
+    rows = filled(rows.transpose(0, 3, 1, 2), size_q, axis=3)
+    do = filled(cotangents.o.astype(v.dtype).transpose(0, 2, 1, 3), size_q, axis=2)
 
     of_k, of_kT = (lambda b, g, j, *_: (b, g, j, 0)), (lambda b, g, j, *_: (b, g, 0, j))
     places_of_k = pl.BlockSpec((1, x.k_places.shape[1], size_k), lambda b, g, j, *_: (b, 0, j))
@@ -335,9 +335,9 @@ def gradients(
             ],
         ),
         out_shape=[
-            _fp32(q, batch, heads, width, n_q * size_q),
-            _fp32(q, batch, groups, n_k * size_k, width),
-            _fp32(q, batch, groups, n_k * size_k, value),
+            fp32_result(q, batch, heads, width, n_q * size_q),
+            fp32_result(q, batch, groups, n_k * size_k, width),
+            fp32_result(q, batch, groups, n_k * size_k, value),
         ],
         input_output_aliases={13: 0},
         compiler_params=_parameters("arbitrary"),  # blocks of keys add to the same dq
@@ -390,9 +390,9 @@ def _arrange(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: St
             f"flash_attention: needs an implementation with {lacking}, got 'pallas_tpu'; use 'xla'"
         )
     sizes = tuple(min(size, -(-x.shape[1] // 128) * 128) for size, x in ((static.block_q, q), (static.block_k, k)))
-    heads_first = lambda x, size: _fill(x.transpose(0, 2, 1, 3), size, axis=2)
-    filled = lambda place, size: jax.tree.map(lambda x: _fill(x.astype(jnp.int32), size, axis=1), place)
-    q_place, k_place = filled(q_place, sizes[0]), filled(k_place, sizes[1])
+    heads_first = lambda x, size: filled(x.transpose(0, 2, 1, 3), size, axis=2)
+    of_blocks = lambda place, size: jax.tree.map(lambda x: filled(x.astype(jnp.int32), size, axis=1), place)
+    q_place, k_place = of_blocks(q_place, sizes[0]), of_blocks(k_place, sizes[1])
     q_place = q_place._replace(segment=jnp.where(q_place.segment == 0, -1, q_place.segment))
     together = lambda place: jnp.stack([x for x in place if x is not None], axis=1)
     return Arranged(
@@ -420,16 +420,6 @@ def _flat_spans(mask: Mask, q: Place, k: Place, sizes: tuple[int, int]) -> dict[
     return {
         name: jnp.stack(span, axis=-1).reshape(-1) for name, span in zip(("q_spans", "k_spans"), found, strict=True)
     }
-
-
-def _fill(x: Array, size: int, axis: int) -> Array:
-    """Zeros behind the last token, up to whole blocks."""
-    return jnp.pad(x, [(0, -x.shape[a] % size if a == axis else 0) for a in range(x.ndim)])
-
-
-def _fp32(like: Array, *shape: int) -> jax.ShapeDtypeStruct:
-    """A result that varies over the same mesh axes as `like`."""
-    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def _parameters(of_blocks: str) -> pltpu.CompilerParams:

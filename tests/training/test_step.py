@@ -1,5 +1,6 @@
 """The training step: one result on every mesh and in every number of parts, and a state that nothing can break."""
 
+import math
 import re
 from collections import Counter
 from functools import cache
@@ -16,7 +17,8 @@ from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
 from jaxmem.models.decoder import DecoderConfig
-from jaxmem.sharding import MeshConfig, Rules, make_mesh, use_mesh
+from jaxmem.sharding import MeshConfig, current_rules, make_mesh, use_mesh
+from jaxmem.sharding.rules import rules_of
 from jaxmem.training.data import DataConfig
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.optimizer import OptimizerConfig, parameter_groups
@@ -34,7 +36,8 @@ EVERY_MIXER = (
 MIXTURE = EVERY_MIXER[-1:]
 PRODUCT = MeshConfig(data=2, fsdp=2, model=2)
 SPLIT = MeshConfig(data=1, fsdp=2, seq=2, model=2)
-"""For models without attention."""
+BALANCED = MeshConfig(data=1, fsdp=2, seq=4, layout="zigzag", parameters=("fsdp", "seq"))
+"""For models of attention alone; SPLIT is for all."""
 MESHES = (
     MeshConfig(data=8),
     MeshConfig(data=1, fsdp=8),
@@ -173,7 +176,7 @@ def where_it_belongs(config, mesh):
 
     def sharding(node):
         axes = (None,) * (node.ndim - len(node.axes)) + tuple(node.axes) if is_param(node) else ()
-        return NamedSharding(mesh, Rules().spec(axes, "parameters"))
+        return NamedSharding(mesh, current_rules().spec(axes, "parameters"))
 
     state = jax.eval_shape(lambda: init_state(config))
     return jax.tree.map(lambda node: jax.tree.map(lambda _: sharding(node), node), state, is_leaf=is_param)
@@ -201,12 +204,12 @@ def collectives(program) -> Counter:
             marks=() if (kind, mesh) == ("muon", PRODUCT) else pytest.mark.slow,
         )
         for kind in OPTIMIZERS
-        for mesh in (*MESHES, *([SPLIT] if kind == "stacked" else []))
+        for mesh in (*MESHES, BALANCED if kind == "muon" else SPLIT)
     ],
 )
 def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
     mesh, experiment = make_mesh(config), of_optimizer(kind)
-    with use_mesh(mesh):
+    with use_mesh(mesh, rules_of(config)):
         shardings, place = where_it_belongs(experiment, mesh), on_mesh(mesh)
         state = jax.device_put(fresh(experiment), shardings)
         step = jax.jit(make_train_step(experiment))
@@ -217,7 +220,8 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
     assert_placed(state, shardings)
     mixer = state.params["blocks"][0]["mixer"]
     query = (mixer["query"] if "query" in mixer else mixer["projections"]["weight"]["query"])[...]
-    assert query.addressable_shards[0].data.shape[1:] == (16 // config.fsdp, 2 // config.model, 8)
+    n_parts = math.prod(getattr(config, axis) for axis in config.parameters)
+    assert query.addressable_shards[0].data.shape[1:] == (16 // n_parts, 2 // config.model, 8)
     if config == MeshConfig(data=8):
         found = collectives(program)
         assert found.keys() == {"all-reduce"} and found["all-reduce"] < 10, "only gradients and metrics need others"
