@@ -167,10 +167,13 @@ def compile_candidate(topology: str, candidate: Candidate, problem: Problem) -> 
     f = {"jaxmem": _ours, "splash": _splash, "tokamax": _tokamax}[candidate.code](candidate, problem)
     if candidate.code == "jaxmem":
         shape = (1, problem.tokens, problem.heads, problem.width)
-    there = jax.sharding.SingleDeviceSharding(devices(topology)[0])
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=there)
+    mesh = jax.sharding.Mesh(devices(topology)[:1], ("only",))
+    x = jax.ShapeDtypeStruct(
+        shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
     gradients = jax.grad(lambda q, k, v: jnp.sum(f(q, k, v).astype(jnp.float32)), (0, 1, 2))
-    jax.jit(gradients if candidate.backward else f).lower(x, x, x).compile()
+    with jax.set_mesh(mesh):  # where the kernels learn the kind of TPU
+        jax.jit(gradients if candidate.backward else f).lower(x, x, x).compile()
 
 
 def _ours(candidate: Candidate, problem: Problem):
