@@ -265,15 +265,11 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
     of_q = lambda b, h, i, *_: (b, h, 0, i)
     places_of_q = pl.BlockSpec((1, 2, size_q), lambda b, h, i, *_: (b, 0, i))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    n_queries = QUERIES.get(_kind(), 1024)
     oT, lse = pl.pallas_call(
         functools.partial(
-            _forward_kernel,
-            static=x.static,
-            n_q=n_q,
-            n_k=n_k,
-            repeats=heads // groups,
-            n_queries=QUERIES.get(_kind(), 1024),
-        ),  # fmt: skip
+            _forward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups, n_queries=n_queries
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, heads, n_q),
