@@ -36,9 +36,9 @@ LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Running maximum before any key: finite, so that masked scores of -inf weigh exp2(-inf) = 0."""
 VMEM_BYTES = 64 * 2**20
 """What a program may use."""
-KEYS, QUERIES = 512, {"TPU v4": 512, "TPU v5": 512, "TPU v5 lite": 512}
-"""Of a piece of a pair of blocks, whose scores are multiplied while the weights of the piece before are computed. Queries by
-kind of TPU; 1024 on others, whose matrix units are twice as wide."""
+PIECES = {"TPU v4": (512, 256), "TPU v5": (512, 256), "TPU v5 lite": (512, 256)}
+"""Queries and keys of a piece of a pair of blocks, whose scores are multiplied while the weights of the piece before are
+computed, by kind of TPU; 1024 and 512 on others, whose matrix units are twice as wide."""
 SPAN = 6
 """Numbers that a kernel is told of each of its own blocks, and of the other side's."""
 
@@ -146,7 +146,7 @@ def _columns(places: Int[Array, "P C"]) -> Place:
 def _forward_kernel(
     q_spans, k_spans, seeds, qT, q_places, k_hbm, vT_hbm, k_places_hbm, oT, lse,
     k_buffer, vT_buffer, k_places_buffer, acc, top, total, semaphores,
-    *, static: Static, n_q: int, n_k: int, repeats: int, n_queries: int,
+    *, static: Static, n_q: int, n_k: int, repeats: int, pieces: tuple[int, int],
 ):  # fmt: skip
     b, h, i = (pl.program_id(axis) for axis in range(3))
     g, size = jax.lax.div(h, repeats), static.block_k
@@ -160,18 +160,19 @@ def _forward_kernel(
 
     def fold(n, slot):
         def attend(rule):
-            pieces = [(queries, keys) for keys in _pieces(size, KEYS) for queries in _pieces(static.block_q, n_queries)]
+            of_queries, of_keys = _pieces(static.block_q, pieces[0]), _pieces(size, pieces[1])
+            turns = [(queries, keys) for keys in of_keys for queries in of_queries]
             score = lambda queries, keys: _scores(k_buffer[slot, keys], qT[0, 0, :, queries], static)[0]
-            state = {q.start: (top[:, q], total[:, q], acc[:, q]) for q in _pieces(static.block_q, n_queries)}
-            following = score(*pieces[0])
-            for here, (queries, keys) in enumerate(pieces):
+            state = {q.start: (top[:, q], total[:, q], acc[:, q]) for q in of_queries}
+            following = score(*turns[0])
+            for here, (queries, keys) in enumerate(turns):
                 s = following  # [C_k C_q]
                 if rule or static.rate:
                     q, k = _rows(q_places[0, :, queries]), _columns(k_places_buffer[slot, :, keys])
                 if rule:
                     s = jnp.where(rule(static.mask, q, k), s, -jnp.inf)
-                if here + 1 < len(pieces):
-                    following = score(*pieces[here + 1])
+                if here + 1 < len(turns):
+                    following = score(*turns[here + 1])
                 old_top, weight, o = state[queries.start]
                 new_top = jnp.maximum(old_top, jnp.max(s, axis=0, keepdims=True))
                 p, fade = jnp.exp2(s - new_top), jnp.exp2(old_top - new_top)
@@ -180,7 +181,7 @@ def _forward_kernel(
                     p *= kept(seeds[b * pl.num_programs(1) + h], q.index, k.index, static.rate)
                 o = fade * o + _dot(vT_buffer[slot, :, keys], p.astype(vT_buffer.dtype))
                 state[queries.start] = new_top, weight, o
-            for queries in _pieces(static.block_q, n_queries):
+            for queries in of_queries:
                 top[:, queries], total[:, queries], acc[:, queries] = state[queries.start]
 
         _by_mask(static, mine, _read(k_spans, b, mine.first + n, n_k), attend)
@@ -265,11 +266,9 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
     of_q = lambda b, h, i, *_: (b, h, 0, i)
     places_of_q = pl.BlockSpec((1, 2, size_q), lambda b, h, i, *_: (b, 0, i))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    n_queries = QUERIES.get(_kind(), 1024)
+    pieces = PIECES.get(_kind(), (1024, 512))
     oT, lse = pl.pallas_call(
-        functools.partial(
-            _forward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups, n_queries=n_queries
-        ),
+        functools.partial(_forward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups, pieces=pieces),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, heads, n_q),
