@@ -1,6 +1,6 @@
 """Is attention in blocks worth it on a CPU? Against all scores at once, and against the ringattention package.
 
-    python experiments/benchmarks/attention.py [--tokens 8192] [--blocks 128 256 512]
+    python experiments/benchmarks/attention.py [--tokens 8192] [--blocks 256 512]
 
 Causal, fp32; forward, and forward + backward with gradients of q, k and v. "naive" is `jax.nn.dot_product_attention`. The
 ringattention package, none of it needed, takes part where it is installed:
@@ -39,7 +39,7 @@ class Options:
     tokens: int = 8192
     heads: int = 4
     width: int = 64
-    blocks: tuple[int, ...] = (128, 256, 512)
+    blocks: tuple[int, ...] = (128, 256, 512, 1024)
     """Tokens per block, of queries and of keys."""
     repeats: int = 3
 
@@ -86,8 +86,8 @@ def main(o: Options) -> None:
     arrays = draw(), draw(), draw()
     ways = {"naive": naive} | {f"blocks of {size}": in_blocks(size) for size in o.blocks}
     try:
-        ways["ringattention"] = ringattention(512)
-        print(f"beside: ringattention {version('ringattention')}, blocks of 512")
+        ways |= {f"ringattention, {size}": ringattention(size) for size in o.blocks}
+        print(f"beside: ringattention {version('ringattention')}")
     except ImportError as missing:
         print(f"without ringattention: {missing}")
 
@@ -97,9 +97,9 @@ def main(o: Options) -> None:
     for name, (run, _) in passes.items():
         errors[name] = rms(np.asarray(run()) - want) / rms(want)
     print(
-        f"\n{'':18}{'error':>10}{'forward ms':>14}{'naive /':>10}{'MiB':>8}{'with backward':>16}{'naive /':>10}{'MiB':>8}"
+        f"\n{'':20}{'error':>10}{'forward ms':>14}{'naive /':>10}{'MiB':>8}{'with backward':>16}{'naive /':>10}{'MiB':>8}"
     )
-    cells = {name: f"{name:18}{error:10.0e}" for name, error in errors.items()}
+    cells = {name: f"{name:20}{error:10.0e}" for name, error in errors.items()}
     for backward in (False, True):
         passes = {name: compiled(f, arrays, backward) for name, f in ways.items() if errors[name] < ERROR}
         ms = interleaved_ms({name: run for name, (run, _) in passes.items()}, o.repeats)

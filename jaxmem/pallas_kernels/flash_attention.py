@@ -81,7 +81,8 @@ def flash_attention(
       relative: r of each head for the distances 0 to L - 1, the last for all beyond; needs a causal mask.
       dropped: weights left out, from `dropout`; lse knows nothing of them.
       block_q, block_k: tokens per block, multiples of 128 on a TPU, powers of two on a GPU; "xla" works in a few arrays
-        [B, H, block_q, block_k]. None is 128 for "xla", 1024 for "pallas_tpu", what fits a pass for "pallas_gpu".
+        [B, H, block_q, block_k]. None is an eighth of S, from 128 to 512, for "xla" (128 with a window or chunk), 1024 for
+        "pallas_tpu", what fits a pass for "pallas_gpu".
       implementation: "reference" is the equation in fp32 with arrays [B, H, T, S]; "xla" is blockwise; "pallas_tpu" has no
         relative positions, nor has "pallas_gpu" (NVIDIA, by Triton). None picks the best that there is when compiling for
         a platform. Gradients can be differentiated again with "reference" alone.
