@@ -134,7 +134,7 @@ def test_forward_flops_are_those_of_the_program(pattern):
 
 @pytest.mark.parametrize(
     "name, blocks",
-    [("attention", (T // BLOCK + 1) / 2), ("window", 2 - WINDOW_BLOCK / T)],  # the first block of queries has none before it
+    [("attention", (T // BLOCK + 1) / 2), ("window", 2 - WINDOW_BLOCK / T)],  # the first block has none before it
 )
 def test_attention_visits_little_more_than_the_pairs_that_see_each_other(name, blocks):
     config = decoder(tuple(dataclasses.replace(mixer, implementation="xla") for mixer in PATTERNS[name]))
