@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 # Unoptimised code compiles faster, and what tests ask is no matter of optimisation. The caller's flags stand last and win.
@@ -11,8 +12,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1",
-        # later versions of JAX do not know it, and die of what they do not know
-        "--xla_cpu_use_fusion_emitters=false" if version("jax") < "0.11" else "",
+        # later versions of XLA, libtpu's too, do not know it, and die of what they do not know
+        "--xla_cpu_use_fusion_emitters=false" if version("jax") < "0.11" and find_spec("libtpu") is None else "",
         os.environ.get("XLA_FLAGS", ""),
     )
 )
