@@ -55,7 +55,7 @@ def devices(chip: str, topology: str = "1x1x1") -> list[jax.Device]:
     Raises: ValueError for another chip.
     """
     if chip not in CHIPS:
-        raise ValueError(f"gpu: needs one of {', '.join(CHIPS)}, got {chip!r}")
+        raise ValueError(f"gpu: needs one of {', '.join(CHIPS)}, got {chip!r}; change it")
     return list(
         topologies.get_topology_desc(platform="cuda", target_config=target(CHIPS[chip]), topology=topology).devices
     )

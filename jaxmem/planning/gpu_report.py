@@ -70,7 +70,7 @@ def report(chip: str, tokens: int = 8192) -> str:
     Raises: ValueError for an unknown chip; RuntimeError without JAX's CUDA plugin, or if compiling them dies.
     """
     if chip not in CHIPS:
-        raise ValueError(f"gpu: needs one of {', '.join(CHIPS)}, got {chip!r}")
+        raise ValueError(f"gpu: needs one of {', '.join(CHIPS)}, got {chip!r}; change it")
     with tempfile.TemporaryDirectory() as folder:
         dump = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")}
         command = [sys.executable, "-m", "jaxmem.planning.gpu_report", chip, str(tokens)]

@@ -21,7 +21,7 @@ from jaxmem.pallas_kernels.block_spans import sees_all, spans
 from jaxmem.pallas_kernels.flash_attention import flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.planning.kernel_schedules import Part, Schedule, read_schedules
-from jaxmem.planning.tpu import devices, environment
+from jaxmem.planning.tpu import devices, environment, full_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,12 @@ def visited(n_tokens: int, block_q: int, block_k: int) -> tuple[int, int]:
 
 
 def report(topology: str, problem: Problem = Problem()) -> Iterator[str]:
-    """Lines of a table of all candidates, as they are compiled; then the ratios of the best of ours to the best of others."""
+    """Lines of a table of all candidates, as they are compiled; then the ratios of the best of ours to the best of others.
+
+    Raises: ValueError for an unknown topology; RuntimeError without the libtpu package.
+    """
+    full_name(topology)
+    environment()
     yield f"{topology}: causal attention, {problem}; static cycles, which ignore stalls"
     best: dict[tuple[str, bool], float] = {}
     for candidate in candidates():

@@ -39,17 +39,30 @@ def use_compiler() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def devices(topology: str) -> list[jax.Device]:
-    """Of a topology such as "v5p:4x4x4", or of the smallest of a generation such as "v5p"; links wrapped as they really are.
+def full_name(topology: str) -> str:
+    """Of a topology such as "v5p:4x4x4", or of the smallest of a generation such as "v5p".
 
     Raises: ValueError for a name that is neither.
+
+    >>> full_name("v6e"), full_name("v5p:4x4x4")
+    ('v6e:2x2', 'v5p:4x4x4')
     """
     name = ONE_HOST.get(topology, topology)
     generation, _, sizes = name.partition(":")
-    if generation not in ONE_HOST or not sizes:
+    if generation not in ONE_HOST or not all(size.isdigit() for size in sizes.split("x")):
         raise ValueError(
-            f"tpu topology: needs one of {', '.join(ONE_HOST)} or such a name with sizes, e.g. v5p:4x4x4, got {topology!r}"
+            f"tpu topology: needs one of {', '.join(ONE_HOST)} or such a name with sizes, e.g. v5p:4x4x4, "
+            f"got {topology!r}; change it"
         )
-    dims = [int(size) for size in sizes.split("x")]
+    return name
+
+
+def devices(topology: str) -> list[jax.Device]:
+    """Of a topology as `full_name` takes it; links wrapped as they really are.
+
+    Raises: ValueError for another name.
+    """
+    name = full_name(topology)
+    dims = [int(size) for size in name.partition(":")[2].split("x")]
     wrap = (*wraps(dims, flat=len(dims) == 2), False)[:3]
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name, wrap=wrap).devices)

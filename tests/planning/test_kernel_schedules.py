@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxmem.planning.kernel_report import Candidate, visited
+from jaxmem.planning.kernel_report import Candidate, report, visited
 from jaxmem.planning.kernel_schedules import SLOTS, read_schedules
 from jaxmem.planning.tpu import devices
 
@@ -60,6 +60,14 @@ def test_errors(tmp_path):
         read_schedules(tmp_path)
     with pytest.raises(ValueError, match=r"needs one of v5e, v5p, v6e, tpu7x or such a name with sizes.*, got 'v9'"):
         devices("v9")
+
+
+def test_a_report_is_refused_before_anything_is_compiled(monkeypatch):
+    with pytest.raises(ValueError, match="tpu topology: needs one of v5e, v5p, v6e, tpu7x or .* got 'v9'; change it"):
+        next(report("v9"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="tpu compiler: needs the package libtpu, got none; pip install libtpu"):
+        next(report("v6e"))
 
 
 def test_names_say_the_blocks():
