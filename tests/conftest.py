@@ -7,17 +7,18 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-# Unoptimised code compiles faster, and what tests ask is no matter of optimisation. The caller's flags stand last and win.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1",
-        # later versions of XLA, libtpu's too, do not know it, and die of what they do not know
-        "--xla_cpu_use_fusion_emitters=false" if version("jax") < "0.11" and find_spec("libtpu") is None else "",
-        os.environ.get("XLA_FLAGS", ""),
-    )
-)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Unoptimised code compiles faster, and what tests ask is no matter of optimisation. The caller's flags stand last and win.
+    os.environ["XLA_FLAGS"] = " ".join(
+        (
+            "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1",
+            # later versions of XLA, libtpu's too, do not know it, and die of what they do not know
+            "--xla_cpu_use_fusion_emitters=false" if version("jax") < "0.11" and find_spec("libtpu") is None else "",
+            os.environ.get("XLA_FLAGS", ""),
+        )
+    )
 
 import jax
 import jaxtyping

@@ -9,7 +9,12 @@ from functools import partial
 import jax
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels import flash_attention_gpu, flash_attention_tpu, flash_attention_xla
+from jaxmem.pallas_kernels import (
+    flash_attention_cudnn,
+    flash_attention_gpu,
+    flash_attention_tpu,
+    flash_attention_xla,
+)
 from jaxmem.pallas_kernels.attention_scores import Extras, Static
 from jaxmem.pallas_kernels.masks import Place
 
@@ -22,16 +27,21 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
 def gradients(
     q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial, cotangents: Partial, static: Static
 ):
-    """(dq, dk, dv, d_relative or None) in fp32.
+    """(dq, dk, dv, d_relative or None) in fp32; cotangents.lse may be None for zeros.
 
     These keys may be a part of those that `result` is of: the gradients are then the part that goes through them.
     """
     return _by_platform("gradients", static, q, k, v, q_place, k_place, extras, result, cotangents)
 
 
-IMPLEMENTATIONS = {"xla": flash_attention_xla, "pallas_tpu": flash_attention_tpu, "pallas_gpu": flash_attention_gpu}
-OF_PLATFORM = {"tpu": flash_attention_tpu, "cuda": flash_attention_gpu}
-"""The best where it has all that is asked for."""
+IMPLEMENTATIONS = {
+    "xla": flash_attention_xla,
+    "pallas_tpu": flash_attention_tpu,
+    "pallas_gpu": flash_attention_gpu,
+    "cudnn": flash_attention_cudnn,
+}
+OF_PLATFORM = {"tpu": (flash_attention_tpu,), "cuda": (flash_attention_cudnn, flash_attention_gpu)}
+"""The first that has all that is asked for is the best."""
 
 
 def _by_platform(name: str, static: Static, *arrays):
@@ -39,11 +49,11 @@ def _by_platform(name: str, static: Static, *arrays):
     of = lambda module: partial(getattr(module, name), static=static)
     if static.implementation is not None:
         return of(IMPLEMENTATIONS[static.implementation])(*arrays)
-    k_place, extras = arrays[4:6]
-    able = {where: of(m) for where, m in OF_PLATFORM.items() if m.why_not(k_place, extras, static) is None}
-    if not able:
+    able = lambda modules: [of(m) for m in modules if m.why_not(*arrays[:6], static) is None]
+    best = {platform: found[0] for platform, modules in OF_PLATFORM.items() if (found := able(modules))}
+    if not best:
         return of(flash_attention_xla)(*arrays)
-    return jax.lax.platform_dependent(*arrays, default=of(flash_attention_xla), **able)
+    return jax.lax.platform_dependent(*arrays, default=of(flash_attention_xla), **best)
 
 
 def to_save(q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial):
@@ -65,13 +75,20 @@ def attention(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: S
 
 
 def _forward(*arguments):
-    result = forward(*arguments)
-    return result, to_save(*arguments[:-1], result)
+    primal = lambda x: x.value if isinstance(x, jax.custom_derivatives.CustomVJPPrimal) else x
+    *arrays, static = jax.tree.map(primal, arguments)
+    result = forward(*arrays, static)
+    return result, to_save(*arrays, result)
 
 
 def _backward(static: Static, saved, cotangents: Partial):
     q, k, v, _, _, extras, _ = saved
+    zero = jax.custom_derivatives.SymbolicZero
+    if type(cotangents.o) is zero:
+        cotangents = cotangents._replace(o=jnp.zeros(cotangents.o.shape, cotangents.o.dtype))
+    if type(cotangents.lse) is zero:
+        cotangents = cotangents._replace(lse=None)
     return as_cotangents(gradients(*saved, cotangents, static), q, k, v, extras)
 
 
-attention.defvjp(_forward, _backward)
+attention.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.masks import Mask, Place, sees
 from jaxmem.typing import Array, Float, Int, UInt32
 
@@ -31,7 +32,9 @@ class Static(NamedTuple):
     block_k: int | None
     """Tokens per block; None is what suits the implementation."""
     implementation: str | None = None
-    """"xla", "pallas_tpu", "pallas_gpu", or None: the best for the platform that is compiled for."""
+    """"xla", "pallas_tpu", "pallas_gpu", "cudnn", or None: the best for the platform that is compiled for."""
+    in_order: bool = False
+    """Known to be whole rows of one document each, token i at index i, as many queries as keys."""
 
     def with_blocks(self, block_q: int, block_k: int) -> "Static":
         """Blocks where none are given."""
@@ -78,6 +81,13 @@ def _mix(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
+
+
+def row_delta(result: Partial, cotangents: Partial) -> Float[Array, "B T H"]:
+    """do . o - dlse: what the softmax takes off the gradient of every weight; 0 for rows that see nothing."""
+    delta = jnp.sum(cotangents.o.astype(jnp.float32) * result.o, axis=-1)
+    delta = delta if cotangents.lse is None else delta - cotangents.lse
+    return jnp.where(result.lse == -jnp.inf, 0.0, delta)
 
 
 def product(subscripts: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -81,3 +81,30 @@ def spans(mask: Mask, q: Place, k: Place) -> tuple[Span, Span]:
         return Span(reach.index_low, reach.index_high, *segments, first, jnp.maximum(first, last + 1))
 
     return of(q, q_extent, pairs), of(k, k_extent, pairs.swapaxes(1, 2))
+
+
+class Visits(NamedTuple):
+    """Which blocks of the other side a block visits, and which run of these needs no mask; four numbers per block."""
+
+    first: Int[Array, "..."]
+    whole: Int[Array, "..."]
+    """First of the run of blocks of which every token sees, or is seen by, every one of this block's."""
+    end_whole: Int[Array, "..."]
+    end: Int[Array, "..."]
+
+
+def visits(mask: Mask, q: Place, k: Place) -> tuple[Visits, Visits]:
+    """Of blocks of queries [B N C] and of keys [B M C]."""
+    q_spans, k_spans = spans(mask, q, k)
+    each = lambda x, axis: jax.tree.map(lambda a: jnp.expand_dims(a, axis), x)
+    whole = sees_all(mask, each(q_spans, 2), each(k_spans, 1))  # [B N M]
+
+    def of(span: Span, whole: Bool[Array, "B N M"]) -> Visits:
+        n_others = whole.shape[-1]
+        block = jnp.arange(n_others)
+        start = jnp.min(jnp.where(whole, block, n_others), axis=-1)
+        stop = jnp.min(jnp.where(~whole & (block > start[..., None]), block, n_others), axis=-1)
+        start = jnp.minimum(start, span.end).astype(jnp.int32)
+        return Visits(span.first, start, jnp.clip(stop, start, span.end).astype(jnp.int32), span.end)
+
+    return of(q_spans, whole), of(k_spans, whole.swapaxes(1, 2))

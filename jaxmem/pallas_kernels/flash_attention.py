@@ -29,7 +29,7 @@ from jaxmem.pallas_kernels.attention_scores import Extras, Static, keep_factor, 
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.typing import Array, Float, PRNGKeyArray, UInt32
 
-Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "cudnn"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["seeds"], meta_fields=["rate"])
@@ -107,6 +107,7 @@ def prepare(
     block_k=None, implementation=None,
 ) -> tuple[Place, Place, Extras, Static]:  # fmt: skip
     """Checked arguments of `flash_attention` as `attention_core` takes them, behind q, k and v."""
+    in_order = q_place is None and k_place is None and q.shape[1] == k.shape[1]
     q_place, k_place = (_whole(x) if place is None else place for x, place in ((q, q_place), (k, k_place)))
     _validate(q, k, v, q_place, k_place, mask, relative, dropped)
     for name, value in (("block_q", block_q), ("block_k", block_k)):
@@ -126,7 +127,7 @@ def prepare(
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     rate = 0.0 if dropped is None else float(dropped.rate)
-    static = Static(mask, scale, soft_cap, rate, block_q, block_k, implementation)
+    static = Static(mask, scale, soft_cap, rate, block_q, block_k, implementation, in_order)
     return q_place, k_place, extras, static
 
 

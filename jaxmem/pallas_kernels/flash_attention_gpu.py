@@ -7,9 +7,10 @@ rows of its scores, so that weights go from registers into the next product as t
     forward, dq: s = q k^T [C_q C_k]      o = p v        dp = do v^T    dq = ds k
     dk, dv:      s = k q^T [C_k C_q]      dv = p do      dp = v do^T    dk = ds q       ds = p (d dp - delta)
 
-Exponents are to the base 2, log2(e) in the scale. Which blocks to visit, and which of them need no mask, comes from a few
-numbers per block (`block_spans`). Arrays keep the order of the operation, [B T H K]. Triton computes with powers of two: a
-head is cut into pieces, 192 = 128 + 64, whose products are summed or stand side by side.
+Exponents are to the base 2, log2(e) in the scale. Which blocks to visit, and which run of them needs no mask, are four
+numbers per block (`block_spans.Visits`); a loop without any branch runs over those, a second one over the others. Arrays keep
+the order of the operation, [B T H K]. Triton computes with powers of two: a head is cut into pieces, 192 = 128 + 64, whose
+products are summed or stand side by side.
 
 Shared memory per program: its own block and `stages` blocks of the other side. HBM: each block of queries reads the
 keys it visits once forward and once backward; a block of keys reads the queries and do of all heads of its group.
@@ -27,8 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels.attention_scores import Extras, Static, filled, fp32_result, kept, product
-from jaxmem.pallas_kernels.block_spans import Span, sees_all, spans, visible
+from jaxmem.pallas_kernels.attention_scores import Extras, Static, filled, fp32_result, kept, product, row_delta
+from jaxmem.pallas_kernels.block_spans import Visits, visible, visits
 from jaxmem.pallas_kernels.gpu_launches import Launch, default_launch
 from jaxmem.pallas_kernels.masks import Place
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped, UInt32
@@ -75,12 +76,12 @@ def _products(rows, columns) -> Float[Array, "C D"]:
 
 
 def _scores(rows, columns, static: Static):
-    """To the base 2, not masked; and the derivative of the soft cap, or None."""
+    """(s, factor, slope): logits to the base 2 are factor * s, not masked; slope is that of the soft cap, or None."""
     s = _products(rows, columns)
     if static.soft_cap is None:
-        return s * (static.scale * LOG2_E), None
+        return s, static.scale * LOG2_E, None
     bent = jnp.tanh(s * (static.scale / static.soft_cap))
-    return (LOG2_E * static.soft_cap) * bent, 1 - bent * bent
+    return bent, static.soft_cap * LOG2_E, 1 - bent * bent
 
 
 def _at(refs: PyTree, where) -> PyTree:
@@ -93,31 +94,39 @@ def _along(place: Place, axis: int) -> Place:
     return jax.tree.map(lambda x: jnp.expand_dims(x, 1 - axis), place)
 
 
-def _masked(s, static: Static, whole, q: Callable[[], Place], k: Callable[[], Place]):
-    """-inf where a query does not see a key; q and k are functions, so that a pair of blocks without a mask loads nothing."""
+def _over_blocks(mine: Visits, fold, carry: PyTree, repeats: int = 1) -> PyTree:
+    """carry = fold(r, j, carry, masked) for r < repeats and all blocks j to be visited: the unmasked run, then the others."""
+    n_whole, n_before = mine.end_whole - mine.whole, mine.whole - mine.first
 
-    def mask(s):
-        return jnp.where(visible(static.mask, q(), k()), s, -jnp.inf)
+    def loop(carry, n_blocks, block, masked: bool):
+        def turn(n, carry):
+            r, i = (0, n) if repeats == 1 else (jax.lax.div(n, n_blocks), jax.lax.rem(n, n_blocks))
+            return fold(r, block(i), carry, masked)
 
-    return jax.lax.cond(whole, lambda s: s, mask, s)
+        return jax.lax.fori_loop(0, repeats * n_blocks, turn, carry)
+
+    carry = loop(carry, n_whole, lambda i: mine.whole + i, masked=False)
+    others = lambda i: mine.first + i + jnp.where(i < n_before, 0, n_whole)
+    return loop(carry, n_before + mine.end - mine.end_whole, others, masked=True)
 
 
 def _forward_kernel(
-    q_spans: Span, k_spans: Span, q, q_place: Place, k, v, k_place: Place, seeds, o, lse,
-    *, static: Static,
+    mine: Visits, q, q_place: Place, k, v, k_place: Place, seeds, o, lse, *, static: Static
 ):  # fmt: skip
-    i, size = _block_of_queries(static), static.block_k
-    mine, queries = _at(q_spans, i), _load(q, slice(None))
+    size, queries = static.block_k, _load(q, slice(None))
     here = lambda: _along(_at(q_place, slice(None)), 0)
 
-    def fold(j, carry):
+    def fold(_, j, carry, masked: bool):
         top, total, acc = carry
         tokens = pl.ds(j * size, size)
         there = lambda: _along(_at(k_place, tokens), 1)
-        s, _ = _scores(queries, _load(k, tokens), static)
-        s = _masked(s, static, sees_all(static.mask, mine, _at(k_spans, j)), here, there)  # [C_q C_k]
-        new_top = jnp.maximum(top, jnp.max(s, axis=1))
-        p, fade = jnp.exp2(s - new_top[:, None]), jnp.exp2(top - new_top)
+        s, factor, _ = _scores(queries, _load(k, tokens), static)  # [C_q C_k]
+        if factor <= 0:  # or the largest s would not be the largest logit
+            s, factor = s * factor, 1.0
+        if masked:
+            s = jnp.where(visible(static.mask, here(), there()), s, -jnp.inf)
+        new_top = jnp.maximum(top, factor * jnp.max(s, axis=1))
+        p, fade = jnp.exp2(factor * s - new_top[:, None]), jnp.exp2(top - new_top)
         total = fade * total + jnp.sum(p, axis=1)
         if seeds is not None:
             p *= kept(seeds[0], here().index, there().index, static.rate)
@@ -128,7 +137,7 @@ def _forward_kernel(
 
     row = lambda value: jnp.full((static.block_q,), value, jnp.float32)
     start = row(LOWEST), row(0), _zeros(static.block_q, v)
-    top, total, acc = jax.lax.fori_loop(mine.first, mine.end, fold, start)
+    top, total, acc = _over_blocks(_at(mine, _block_of_queries(static)), fold, start)
     empty = total == 0
     divisor = jnp.where(empty, 1.0, total)
     _store(o, [x / divisor[:, None] for x in acc])
@@ -136,62 +145,61 @@ def _forward_kernel(
 
 
 def _dq_kernel(
-    q_spans: Span, k_spans: Span, q, q_place: Place, k, v, k_place: Place, seeds, do, lse, delta, dq,
-    *, static: Static,
+    mine: Visits, q, q_place: Place, k, v, k_place: Place, seeds, do, lse, delta, dq, *, static: Static
 ):  # fmt: skip
-    i, size = _block_of_queries(static), static.block_k
-    mine, queries, cotangents = _at(q_spans, i), _load(q, slice(None)), _load(do, slice(None))
+    size, queries, cotangents = static.block_k, _load(q, slice(None)), _load(do, slice(None))
     here = lambda: _along(_at(q_place, slice(None)), 0)
     row_lse, row_delta = lse[:][:, None], delta[:][:, None]
 
-    def fold(j, acc):
+    def fold(_, j, acc, masked: bool):
         tokens = pl.ds(j * size, size)
         there = lambda: _along(_at(k_place, tokens), 1)
         keys = _load(k, tokens)
-        s, slope = _scores(queries, keys, static)
-        s = _masked(s, static, sees_all(static.mask, mine, _at(k_spans, j)), here, there)  # [C_q C_k]
+        s, factor, slope = _scores(queries, keys, static)  # [C_q C_k]
+        p = jnp.exp2(factor * s - row_lse)
+        if masked:
+            p = jnp.where(visible(static.mask, here(), there()), p, 0)
         dp = _products(cotangents, _load(v, tokens))
         if seeds is not None:
             dp *= kept(seeds[0], here().index, there().index, static.rate)
-        ds = _d_scores(jnp.exp2(s - row_lse), dp - row_delta, slope, static).astype(keys[0].dtype)
+        ds = _d_scores(p, dp - row_delta, slope).astype(keys[0].dtype)
         return [x + product("ts,sk->tk", ds, y) for x, y in zip(acc, keys, strict=True)]
 
-    _store(dq, jax.lax.fori_loop(mine.first, mine.end, fold, _zeros(static.block_q, q)))
+    found = _over_blocks(_at(mine, _block_of_queries(static)), fold, _zeros(static.block_q, q))
+    _store(dq, [static.scale * x for x in found])
 
 
 def _dkv_kernel(
-    q_spans: Span, k_spans: Span, q, q_place: Place, k, v, k_place: Place, seeds, do, lse, delta, dk, dv,
-    *, static: Static,
+    mine: Visits, q, q_place: Place, k, v, k_place: Place, seeds, do, lse, delta, dk, dv, *, static: Static
 ):  # fmt: skip
-    size = static.block_q
-    mine, keys, values = _at(k_spans, pl.program_id(0)), _load(k, slice(None)), _load(v, slice(None))
+    size, keys, values = static.block_q, _load(k, slice(None)), _load(v, slice(None))
     here = lambda: _along(_at(k_place, slice(None)), 0)
-    n_blocks = mine.end - mine.first
-    some = jnp.maximum(n_blocks, 1)
 
-    def fold(n, carry):
+    def fold(r, i, carry, masked: bool):
         dk, dv = carry
-        r, i = jax.lax.div(n, some), mine.first + jax.lax.rem(n, some)  # one loop over heads and blocks
         tokens = pl.ds(i * size, size)
         there = lambda: _along(_at(q_place, tokens), 1)
         queries, cotangents = _load(q, tokens, r), _load(do, tokens, r)
-        s, slope = _scores(keys, queries, static)
-        s = _masked(s, static, sees_all(static.mask, _at(q_spans, i), mine), there, here)  # [C_k C_q]
-        p = jnp.exp2(s - lse[r, tokens][None])
+        s, factor, slope = _scores(keys, queries, static)  # [C_k C_q]
+        p = jnp.exp2(factor * s - lse[r, tokens][None])
+        if masked:
+            p = jnp.where(visible(static.mask, there(), here()), p, 0)
         dp = _products(values, cotangents)
         keep = 1.0 if seeds is None else kept(seeds[r], there().index, here().index, static.rate)
         weights = (keep * p).astype(cotangents[0].dtype)
         dv = [x + product("st,tv->sv", weights, y) for x, y in zip(dv, cotangents, strict=True)]
-        ds = _d_scores(p, keep * dp - delta[r, tokens][None], slope, static).astype(queries[0].dtype)
+        ds = _d_scores(p, keep * dp - delta[r, tokens][None], slope).astype(queries[0].dtype)
         return [x + product("st,tk->sk", ds, y) for x, y in zip(dk, queries, strict=True)], dv
 
     start = _zeros(static.block_k, k), _zeros(static.block_k, v)
-    for ref, found in zip((dk, dv), jax.lax.fori_loop(0, q.shape[1] * n_blocks, fold, start), strict=True):
-        _store(ref, found)
+    found_k, found_v = _over_blocks(_at(mine, pl.program_id(0)), fold, start, repeats=q.shape[1])
+    _store(dk, [static.scale * x for x in found_k])
+    _store(dv, found_v)
 
 
-def _d_scores(p, d_p, slope, static: Static):
-    ds = p * d_p * static.scale
+def _d_scores(p, d_p, slope):
+    """Of scale * q . k."""
+    ds = p * d_p
     return ds if slope is None else ds * slope
 
 
@@ -233,9 +241,7 @@ def gradients(
     **call,
 ):
     """(dq, dk, dv, None) in fp32."""
-    empty = result.lse == -jnp.inf
-    delta = jnp.where(empty, 0.0, jnp.sum(cotangents.o * result.o, axis=-1) - cotangents.lse)
-    lse = jnp.where(empty, 0.0, result.lse * LOG2_E)
+    delta, lse = row_delta(result, cotangents), jnp.where(result.lse == -jnp.inf, 0.0, result.lse * LOG2_E)
     do = cotangents.o.astype(v.dtype)
     arrange = lambda kernel: _arrange(kernel, q, k, v, q_place, k_place, extras, static)
 
@@ -255,7 +261,7 @@ def gradients(
     return cut(dq, q), cut(dk, k), cut(dv, v), None
 
 
-def why_not(k_place: Place, extras: Extras, static: Static) -> str | None:
+def why_not(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> str | None:
     """What these kernels lack for such attention; None: nothing."""
     if extras.relative is not None:
         return "relative positions"
@@ -267,9 +273,9 @@ def why_not(k_place: Place, extras: Extras, static: Static) -> str | None:
 class Arranged(NamedTuple):
     """Arrays as kernels take them, whole blocks and widths that 16 divides."""
 
-    q_spans: Span
+    q_visits: Visits
     """Of numbers [B N]."""
-    k_spans: Span
+    k_visits: Visits
     q: Float[Array, "B T H K"]
     q_place: Place
     """The segment of padding is -1."""
@@ -289,7 +295,7 @@ class Arranged(NamedTuple):
 
 
 def _arrange(kernel: str, q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Arranged:
-    lacking = why_not(k_place, extras, static)
+    lacking = why_not(q, k, v, q_place, k_place, extras, static)
     if lacking is not None:
         raise NotImplementedError(
             f"flash_attention: needs an implementation with {lacking}, got 'pallas_gpu'; use 'xla'"
@@ -304,9 +310,9 @@ def _arrange(kernel: str, q, k, v, q_place: Place, k_place: Place, extras: Extra
     q_place, k_place = fill(q_place._replace(prefix=None), sizes[0]), fill(k_place, sizes[1])
     q_place = q_place._replace(segment=jnp.where(q_place.segment == 0, -1, q_place.segment))
     blocks = lambda place, size: jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), place)
-    q_spans, k_spans = spans(static.mask, blocks(q_place, sizes[0]), blocks(k_place, sizes[1]))
+    of_q, of_k = visits(static.mask, blocks(q_place, sizes[0]), blocks(k_place, sizes[1]))
     return Arranged(
-        q_spans, k_spans, _fill_heads(q.astype(same), sizes[0]), q_place, _fill_heads(k.astype(same), sizes[1]),
+        of_q, of_k, _fill_heads(q.astype(same), sizes[0]), q_place, _fill_heads(k.astype(same), sizes[1]),
         _fill_heads(v, sizes[1]), k_place, None if extras.seeds is None else extras.seeds.reshape(q.shape[0], -1),
         static._replace(block_q=sizes[0], block_k=sizes[1]), launch,
     )  # fmt: skip
@@ -315,6 +321,8 @@ def _arrange(kernel: str, q, k, v, q_place: Place, k_place: Place, extras: Extra
 class Specs(NamedTuple):
     """Which part of an array a program sees."""
 
+    queries: bool
+    """Whether its own block is one of queries, or of keys."""
     grid: tuple[int, int, int]
     of_q: Callable[[Array], pl.BlockSpec]
     """Of [B T H K]."""
@@ -334,6 +342,7 @@ def _by_query(x: Arranged) -> Specs:
     block = lambda i: n - 1 - i if x.static.mask.causal else i  # as `_block_of_queries`
     group = lambda h: jax.lax.div(h, x.repeats)
     return Specs(
+        queries=True,
         grid=(n, heads, batch),
         of_q=lambda a: pl.BlockSpec((None, size, None, a.shape[-1]), lambda i, h, b: (b, block(i), h, 0)),
         q_rows=lambda a: pl.BlockSpec((None, None, size), lambda i, h, b: (b, h, block(i))),
@@ -348,6 +357,7 @@ def _by_key(x: Arranged) -> Specs:
     """A program has a block of keys of one head, and all queries of the heads of its group."""
     size, repeats, (batch, n_tokens, groups, _) = x.static.block_k, x.repeats, x.k.shape
     return Specs(
+        queries=False,
         grid=(n_tokens // size, groups, batch),
         of_q=lambda a: pl.BlockSpec((None, a.shape[1], repeats, a.shape[-1]), lambda j, g, b: (b, 0, g, 0)),
         q_rows=lambda a: pl.BlockSpec((None, repeats, a.shape[2]), lambda j, g, b: (b, g, 0)),
@@ -364,8 +374,8 @@ def _of_row(a: Shaped[Array, "B N"]) -> pl.BlockSpec:
 
 def _call(kernel, name: str, x: Arranged, by: Specs, more, results, n_products: int, **call):
     """The results of a kernel, of `x` and of [(Specs' function, array)]."""
-    inputs = x[:8]
-    ways = (_of_row, _of_row, by.of_q, by.q_tokens, by.of_k, by.of_k, by.k_tokens, by.seeds)
+    inputs = x.q_visits if by.queries else x.k_visits, *x[2:8]
+    ways = (_of_row, by.of_q, by.q_tokens, by.of_k, by.of_k, by.k_tokens, by.seeds)
     in_specs = [jax.tree.map(way, array) for way, array in zip(ways, inputs, strict=True)]
     batch, n_queries, heads, width = x.q.shape
     pairs = batch * heads * n_queries * x.k.shape[1] // (2 if x.static.mask.causal else 1)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels.attention_scores import Extras, Static, filled, fp32_result, kept
+from jaxmem.pallas_kernels.attention_scores import Extras, Static, filled, fp32_result, kept, row_delta
 from jaxmem.pallas_kernels.block_spans import Span, one_segment, sees_all, spans, visible, visible_in_segment
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.typing import Array, Float, Int
@@ -311,9 +311,8 @@ def gradients(
     """(dq, dk, dv, None) in fp32."""
     x = _arrange(q, k, v, q_place, k_place, extras, static)
     (batch, heads, groups, width, value), (n_q, n_k), (size_q, size_k) = x.shape, x.n_blocks, x.sizes
-    empty = result.lse == -jnp.inf
-    delta = jnp.where(empty, 0.0, jnp.sum(cotangents.o * result.o, axis=-1) - cotangents.lse)
-    rows = jnp.stack([jnp.where(empty, 0.0, result.lse * LOG2_E), delta], axis=1)  # [B 2 T H]
+    lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse * LOG2_E)
+    rows = jnp.stack([lse, row_delta(result, cotangents)], axis=1)  # [B 2 T H]
     rows = filled(rows.transpose(0, 3, 1, 2), size_q, axis=3)
     do = filled(cotangents.o.astype(v.dtype).transpose(0, 2, 1, 3), size_q, axis=2)
 
@@ -389,7 +388,7 @@ class Arranged(NamedTuple):
     sizes: tuple[int, int]
 
 
-def why_not(k_place: Place, extras: Extras, static: Static) -> str | None:
+def why_not(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> str | None:
     """What these kernels lack for such attention; None: nothing."""
     if extras.relative is not None:
         return "relative positions"
@@ -399,7 +398,7 @@ def why_not(k_place: Place, extras: Extras, static: Static) -> str | None:
 
 
 def _arrange(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> Arranged:
-    mask, lacking = static.mask, why_not(k_place, extras, static)
+    mask, lacking = static.mask, why_not(q, k, v, q_place, k_place, extras, static)
     static = static.with_blocks(1024, 1024)
     if lacking is not None:
         raise NotImplementedError(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.algebra.softmax import Partial
-from jaxmem.pallas_kernels.attention_scores import Extras, Static, keep_factor, product, score
+from jaxmem.pallas_kernels.attention_scores import Extras, Static, keep_factor, product, row_delta, score
 from jaxmem.pallas_kernels.masks import Extent, Place, extent, may_see
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped
 
@@ -64,13 +64,11 @@ def gradients(
     q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial, cotangents: Partial, static: Static
 ):
     """(dq, dk, dv, d_relative or None) in fp32, in one pass over the visible pairs of blocks."""
-    static, (o, lse), (do, dlse) = _sized(static, q, k), result, cotangents
-    empty = lse == -jnp.inf
-    delta = jnp.where(empty, 0.0, jnp.sum(do * o, axis=-1) - dlse)
-    lse = jnp.where(empty, 0.0, lse)
+    static, delta = _sized(static, q, k), row_delta(result, cotangents)
+    lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
     queries, keys, extents = _prepare(q, k, v, q_place, k_place, static)
     grouped = partial(_grouped_blocks, groups=k.shape[2], size=static.block_q)
-    do, delta, lse = (grouped(x) for x in (do.astype(v.dtype), delta[..., None], lse[..., None]))
+    do, delta, lse = (grouped(x) for x in (cotangents.o.astype(v.dtype), delta[..., None], lse[..., None]))
 
     def pull_back(carry, block):
         d_keys, d_relative = carry

@@ -1,0 +1,185 @@
+"""Attention's kernels on an NVIDIA GPU against what people would pick: cuDNN, and the Triton kernel that ships with JAX.
+
+    python experiments/benchmarks/attention_gpu.py [--cases causal grouped]
+
+bf16, forward, and forward + backward with gradients of q, k and v from a cotangent of o. cuDNN is
+`jax.nn.dot_product_attention(implementation="cudnn")`; JAX's kernel is `jax.experimental.pallas.ops.gpu.attention.mha`.
+Milliseconds are of many calls in a row, one synchronisation behind all; TFLOP/s count the pairs that a mask leaves, 4 K per
+pair forward and 10 K backward.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from measure import where
+
+from jaxmem.pallas_kernels.flash_attention import flash_attention
+from jaxmem.pallas_kernels.masks import Mask, Place, sees
+
+ERROR = 2e-2
+"""Relative RMS against cuDNN or the reference beyond which code is not timed: it computes something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape of attention."""
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    width: int
+    mask: Mask = Mask()
+    documents: int = 1
+    """Of equal length in every row."""
+
+    @property
+    def pairs(self) -> float:
+        """Of a query and a key it sees, of all rows and heads."""
+        n = self.tokens // self.documents
+        reach = min(n, self.mask.window or n)
+        seen = n * n if not self.mask.causal else reach * (reach + 1) / 2 + (n - reach) * reach
+        return self.batch * self.heads * self.documents * seen
+
+
+CASES = {
+    "causal": Case(1, 8192, 16, 16, 128),
+    "grouped": Case(1, 8192, 32, 8, 128),
+    "width 64": Case(1, 8192, 16, 16, 64),
+    "width 256": Case(1, 8192, 8, 8, 256),
+    "short": Case(8, 2048, 16, 16, 128),
+    "full": Case(1, 8192, 16, 16, 128, Mask(causal=False)),
+    "long": Case(1, 65536, 4, 4, 128),
+    "window": Case(1, 65536, 16, 16, 128, Mask(window=1024)),
+    "packed": Case(1, 32768, 16, 16, 128, documents=8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which cases, and how often."""
+
+    cases: tuple[str, ...] = tuple(CASES)
+    repeats: int = 5
+    """Of each measurement, in turns."""
+    calls: int = 10
+    """In a row."""
+
+
+def jaxmem(case: Case, q, k, v, *, implementation: str | None):
+    places = {}
+    if case.documents > 1:
+        index = jnp.broadcast_to(jnp.arange(case.tokens), (case.batch, case.tokens))
+        place = Place(index, index // (case.tokens // case.documents) + 1)
+        places = {"q_place": place, "k_place": place}
+    return flash_attention(q, k, v, case.mask, implementation=implementation, **places).o.astype(q.dtype)
+
+
+def cudnn(case: Case, q, k, v):
+    if case.documents > 1:
+        raise NotImplementedError("jax.nn.dot_product_attention has no documents")
+    window = None if case.mask.window is None else (case.mask.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=case.mask.causal, local_window_size=window, implementation="cudnn"
+    )
+
+
+def jax_triton(case: Case, q, k, v):
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    if case.mask.window is not None:
+        raise NotImplementedError("no window")
+    segment = jnp.broadcast_to(jnp.arange(case.tokens) // (case.tokens // case.documents), (case.batch, case.tokens))
+    k, v = (jnp.repeat(x, case.heads // case.kv_heads, axis=2) for x in (k, v))
+    segments = segment if case.documents > 1 else None
+    return mha(q, k, v, segments, sm_scale=case.width**-0.5, causal=case.mask.causal)
+
+
+WAYS = {
+    "jaxmem's best": functools.partial(jaxmem, implementation=None),
+    "jaxmem's Triton": functools.partial(jaxmem, implementation="pallas_gpu"),
+    "cuDNN": cudnn,
+    "JAX's Triton": jax_triton,
+}
+
+
+def oracle(case: Case, q, k, v):
+    """The last 256 queries of the first head."""
+    index = jnp.arange(case.tokens)[None]
+    place = Place(index, index // (case.tokens // case.documents) + 1)
+    last = jax.tree.map(lambda x: x[:, -256:], place)
+    scores = jnp.einsum("bik,bjk->bij", q[:1, -256:, 0], k[:1, :, 0], preferred_element_type=jnp.float32)
+    scores = jnp.where(sees(case.mask, last, place), scores * case.width**-0.5, -jnp.inf)
+    return jnp.einsum("bij,bjv->biv", jax.nn.softmax(scores), v[:1, :, 0].astype(jnp.float32))
+
+
+def both(f: Callable):
+    def run(q, k, v, do):
+        o, pull = jax.vjp(f, q, k, v)
+        return o, pull(do)
+
+    return run
+
+
+def milliseconds(functions: dict[str, Callable[[], object]], o: Options) -> dict[str, float]:
+    """Per call, median of turns."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(o.repeats):
+        for name, function in functions.items():
+            jax.block_until_ready(function())
+            began = time.perf_counter()
+            jax.block_until_ready([function() for _ in range(o.calls)][-1])
+            times[name].append(1e3 * (time.perf_counter() - began) / o.calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def compare(name: str, case: Case, o: Options) -> None:
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.asarray(
+        rng.standard_normal((case.batch, case.tokens, heads, case.width), np.float32), jnp.bfloat16
+    )
+    q, k, v, do = draw(case.heads), draw(case.kv_heads), draw(case.kv_heads), draw(case.heads)
+    want = np.asarray(jax.jit(functools.partial(oracle, case))(q, k, v))
+    print(f"\n{name}: {case}")
+    forward, backward, errors = {}, {}, {}
+    for way, f in WAYS.items():
+        f = functools.partial(f, case)
+        try:
+            one, two = jax.jit(f).lower(q, k, v).compile(), jax.jit(both(f)).lower(q, k, v, do).compile()
+            got = np.asarray(one(q, k, v)[:1, -256:, 0], np.float32)
+        except Exception as error:
+            print(f"  {way}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            continue
+        errors[way] = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+        if errors[way] > ERROR:
+            print(f"  {way}: wrong, relative error {errors[way]:.1e}")
+            continue
+        forward[way] = functools.partial(one, q, k, v)
+        backward[way] = functools.partial(two, q, k, v, do)
+    ms, ms_both = milliseconds(forward, o), milliseconds(backward, o)
+    for way in ms:
+        rates = 4 * case.width * case.pairs / ms[way] / 1e9, 14 * case.width * case.pairs / ms_both[way] / 1e9
+        print(
+            f"  {way:16} forward {ms[way]:8.3f} ms {rates[0]:4.0f} TFLOP/s   "
+            f"with backward {ms_both[way]:8.3f} ms {rates[1]:4.0f} TFLOP/s   error {errors[way]:.0e}",
+            flush=True,
+        )
+
+
+def main(o: Options) -> None:
+    warnings.simplefilter("ignore")
+    print(where())
+    for name in o.cases:
+        compare(name, CASES[name], o)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
