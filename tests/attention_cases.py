@@ -132,6 +132,20 @@ def assert_close(got, want, tolerance):
         assert error < tolerance, f"{name}: {error}"
 
 
+def name_of(case: dict) -> str:
+    return " ".join(map(str, case.values()))
+
+
+def against_the_equation(case: dict, dtype, implementation: str | None, n_tokens: int = 300, **changes):
+    """The operation with all its gradients, compiled and run, against fp32 on the same device."""
+    arrays, options, cotangents = make(**case, dtype=dtype, n_tokens=n_tokens, blocks=(None, None))
+    options |= changes
+    got = values_and_gradients(arrays, options, cotangents, implementation=implementation)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    want = values_and_gradients(exact, options, cotangents, implementation="reference")
+    assert_close(got, want, 1e-5 if dtype == jnp.float32 else 2.0**-6)
+
+
 def on_fake_tpu(**parameters):
     """Runs the kernels of TPUs on CPU devices, with races detected."""
     pltpu.reset_tpu_interpret_mode_state()

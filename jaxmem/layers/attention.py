@@ -201,7 +201,7 @@ class Attention(nnx.Module):
         if limit is not None:
             _raise_if_outgrown(tokens, limit)
         q, k, v = self._project(x, tokens.position if positions is None else positions)
-        mix = partial(_mix, config=self.config, fresh=fresh, limit=limit)
+        mix = partial(_mix, config=self.config, fresh=fresh, one_document=fresh and segment_ids is None, limit=limit)
         o, state = local(mix, (_HEADS, _KV_HEADS, _KV_HEADS, _TOKENS, _STATE), (_HEADS, _STATE))(
             q, k, v, tokens, state._replace(cursor=cursor)
         )
@@ -227,9 +227,11 @@ def _mix(
     *,
     config: AttentionConfig,
     fresh: bool,
+    one_document: bool,
     limit: int | None,
 ) -> tuple[Float[Array, "B T H K"], AttentionState]:
-    """Attention of new tokens over the cache and themselves, and the cache with them; fresh: the cache is empty."""
+    """Attention of new tokens over the cache and themselves, and the cache with them; fresh: the cache is empty;
+    one_document: nor has any row a second one, or padding."""
     n_tokens, axis = q.shape[1], sequence_axis(any_layout=True)
     index = state.length[:, None] + own_tokens(current_rules().layout, n_tokens, axis)
     if limit is not None:
@@ -243,6 +245,8 @@ def _mix(
     )  # fmt: skip
     if n_tokens == 1 and not fresh:
         o = of_cache(written).o
+    elif one_document and n_shards(axis) == 1:  # known, so that cuDNN may serve
+        o = flash_attention(q, k, v, mask, implementation=config.implementation).o
     else:
         mixed = sharded_attention(
             q, k, v, mask, q_place=here, k_place=here, axis=axis, scheme=_scheme(config, q, k, axis),

@@ -110,7 +110,8 @@ def advance(cursor: Cursor, segment_ids: Int[Array, "B T"] | None, n_tokens: int
 
 def _advance(cursor: Cursor, segment: Int[Array, "B T"]) -> tuple[Tokens, Cursor]:
     axis, layout = sequence_axis(any_layout=True), current_rules().layout
-    cursor, segment = spread(cursor, axis), to_contiguous(segment, layout, axis)
+    cursor, given = spread((cursor, segment), axis)
+    segment = to_contiguous(given, layout, axis)
     n_tokens, first = segment.shape[1], is_first(axis)
     before = jnp.where(first, cursor.segment[:, None], halo(segment, 1, axis))
     starts = (segment != jnp.concatenate([before, segment[:, :-1]], axis=1)) & (segment != 0)
@@ -127,8 +128,8 @@ def _advance(cursor: Cursor, segment: Int[Array, "B T"]) -> tuple[Tokens, Cursor
         jnp.where(n_real == 0, cursor.segment, at_end(segment)),
         jnp.where(n_real == 0, cursor.position, at_end(position) + 1),
     )
-    tokens = (from_contiguous(x, layout, axis) for x in (segment, position, starts))
-    return Tokens(*tokens), from_where(end, holds_end, axis)
+    position, starts = (from_contiguous(x, layout, axis) for x in (position, starts))
+    return Tokens(given, position, starts), from_where(end, holds_end, axis)
 
 
 def place_state(state: PyTree, axes: PyTree) -> PyTree:

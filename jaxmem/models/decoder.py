@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
-from jaxmem.layers.mixer import Mixer, MixerConfig
+from jaxmem.layers.mixer import Mixer, MixerConfig, advance, init_cursor
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.sharding import constrain, current_rules, einsum, param
 from jaxmem.sharding.layouts import lay_out, restore
@@ -124,6 +124,9 @@ class Decoder(nnx.Module):
         tokens, segment_ids, positions = (
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
+        if state is None and positions is None:  # once, and not in every layer
+            start, _ = advance(init_cursor(tokens.shape[0]), segment_ids, tokens.shape[1])
+            positions = start.position
         x = self.embedding(tokens, jnp.dtype(self.config.dtype))
         states = (None,) * len(self.blocks) if state is None else state
 

@@ -14,7 +14,7 @@ from jaxmem.pallas_kernels import flash_attention_gpu
 from jaxmem.pallas_kernels.attention_scores import Extras, Static
 from jaxmem.pallas_kernels.masks import Place
 
-WIDEST = {7: 0, 8: 128, 9: 256}
+WIDEST = {8: 128, 9: 256}
 """Head that cuDNN takes, by major compute capability; later ones as Hopper."""
 
 
@@ -41,11 +41,11 @@ def gradients(
 
 def why_not(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Static) -> str | None:
     """What cuDNN lacks for such attention, or this process for cuDNN; None: nothing."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+    major = _compute_capability()
+    if major is None:
         return "no need of an NVIDIA GPU in this process"
     mask, widths, dtypes = static.mask, {q.shape[-1], v.shape[-1]}, {str(x.dtype) for x in (q, k, v)}
-    widest = WIDEST[min(int(device.compute_capability.split(".")[0]), 9)]
+    widest = WIDEST.get(min(major, 9), 0)
     lacking = {
         "places or other rows than of one document each": not static.in_order,
         f"arrays of {', '.join(sorted(dtypes))}": len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"},
@@ -58,6 +58,13 @@ def why_not(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
         "blocks of one's own choice": (static.block_q or static.block_k) is not None,
     }
     return next((what for what, missing in lacking.items() if missing), None)
+
+
+def _compute_capability() -> int | None:
+    """Of this process's GPU, its major part; None without one of NVIDIA's."""
+    device = jax.devices()[0]
+    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
+    return int(device.compute_capability.split(".")[0]) if nvidia else None
 
 
 def _refuse(*arguments) -> None:

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import attention_cases
-from attention_cases import OPTIONS, assert_close, make, pairwise
+from attention_cases import OPTIONS, against_the_equation, assert_close, make, name_of, pairwise
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels import flash_attention_gpu, flash_attention_xla
@@ -144,20 +143,6 @@ ON_GPU = pairwise(
 )
 
 
-def name_of(case: dict) -> str:
-    return " ".join(map(str, case.values()))
-
-
-def against_the_equation(case: dict, dtype, implementation: str | None, n_tokens: int = 300, **changes):
-    """The operation with all its gradients, compiled and run, against fp32 on the same device."""
-    arrays, options, cotangents = make(**case, dtype=dtype, n_tokens=n_tokens, blocks=(None, None))
-    options |= changes
-    got = attention_cases.values_and_gradients(arrays, options, cotangents, implementation=implementation)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-    want = attention_cases.values_and_gradients(exact, options, cotangents, implementation="reference")
-    assert_close(got, want, 1e-5 if dtype == jnp.float32 else 2.0**-6)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_GPU, ids=name_of)
 def test_on_a_gpu(case):
@@ -174,31 +159,3 @@ def test_on_a_gpu_in_fp32(case):
 @pytest.mark.parametrize("widths", [(256, 256), (512, 512)])
 def test_wide_heads_on_a_gpu(widths):
     against_the_equation({"widths": widths, "rows": "packed"}, jnp.bfloat16, "pallas_gpu")
-
-
-WHOLE_ROWS = {"q_place": None, "k_place": None}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-@pytest.mark.parametrize("mask", ["causal", "full", "window 9"])
-def test_cudnn(mask, heads):
-    """lse has a cotangent: forward by cuDNN, backward by the kernels here."""
-    against_the_equation({"mask": mask, "heads": heads, "widths": (64, 64)}, jnp.bfloat16, "cudnn", 320, **WHOLE_ROWS)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("width", [64, 128, 256])
-def test_the_best_for_whole_rows_is_cudnn(width):
-    arrays, _, (do, _) = make(widths=(width, width), dtype=jnp.bfloat16, n_tokens=320)
-
-    def both(q, k, v, implementation=None):
-        attend = lambda q, k, v: flash_attention(q, k, v, implementation=implementation).o
-        o, pull = jax.vjp(attend, q, k, v)
-        return dict(zip(("o", "d_q", "d_k", "d_v"), (o, *pull(do)), strict=True))
-
-    compiled = jax.jit(both).lower(**arrays).compile()
-    assert compiled.as_text().count("__cudnn$fmhaSoftmax") >= 2  # both passes
-    exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
-    want = jax.jit(lambda arrays: both(**arrays, implementation="reference"))(exact)
-    assert_close(compiled(**arrays), want, 2.0**-6)
