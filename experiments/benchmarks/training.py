@@ -22,7 +22,7 @@ from jaxmem.training.data import train_batches
 from jaxmem.training.experiment import load_experiment
 from jaxmem.training.loop import train
 from jaxmem.training.metrics import read_metrics
-from jaxmem.training.step import init_state, make_train_step
+from jaxmem.training.step import init_state, make_train_step, shifted
 
 
 def main(experiment: Positional[str] = str(Path(__file__).parents[1] / "quickstart.py"), steps: int = 40) -> None:
@@ -32,16 +32,16 @@ def main(experiment: Positional[str] = str(Path(__file__).parents[1] / "quicksta
         config, steps=steps, eval_every_steps=steps, checkpoint=checkpoint, sample_tokens=0, eval_bytes=1
     )
 
-    batch = next(train_batches(config.data))
-    parts = [batch[name].reshape(config.accumulate, -1, batch[name].shape[-1]) for name in ("tokens", "segment_ids")]
+    rows = shifted(next(train_batches(config.data)))
+    batch = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, x.shape[-1]), rows)
     state = jax.jit(lambda: init_state(config))()
     began = time.perf_counter()
-    step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, *parts).compile()
+    step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
     compile_s = time.perf_counter() - began
     bare = []
     for _ in range(steps):
         began = time.perf_counter()
-        state, told = step(state, *parts)
+        state, told = step(state, batch)
         jax.block_until_ready(told)
         bare.append(time.perf_counter() - began)
 

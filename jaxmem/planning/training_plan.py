@@ -21,7 +21,7 @@ from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.placement import on_devices
-from jaxmem.training.step import init_state, make_train_step
+from jaxmem.training.step import Shifted, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +69,12 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     rows, n_tokens = config.data.batch_size // config.accumulate, config.data.context_tokens
     with tempfile.TemporaryDirectory() as folder, use_mesh(mesh, rules_of(config.mesh)):
         state = on_devices(jax.eval_shape(lambda: init_state(config)), mesh)
-        part = named_sharding(mesh, None, "batch", None)
-        batch = jax.ShapeDtypeStruct((config.accumulate, rows, n_tokens + 1), jnp.int32, sharding=part)
+        part = named_sharding(mesh, None, "batch", "time")
+        batch = Shifted(*4 * [jax.ShapeDtypeStruct((config.accumulate, rows, n_tokens), jnp.int32, sharding=part)])
         # the schedule as text: that of `compiled.as_text()` fails where exchanges are spread over several kernels
         options = (compiler_options(mesh) or {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         began = time.monotonic()
-        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch, batch)
+        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:

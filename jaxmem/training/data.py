@@ -116,7 +116,8 @@ def train_batches(
 
     Args:
       tokenizer: None loads the one that the config names.
-      process_index, process_count: this process, and how many there are; each gets batch_size / process_count rows.
+      process_index, process_count: this process, and how many there are; each gets batch_size / process_count rows. Those
+        that share the tokens of the same rows count as one (`jaxmem.training.placement.share_of_rows`).
       pieces: what to read, if already indexed.
 
     Returns:

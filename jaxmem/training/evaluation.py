@@ -12,7 +12,8 @@ from flax import nnx
 from jaxmem.layers.cross_entropy import token_nats
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import constrain
-from jaxmem.training.step import merge, router_use
+from jaxmem.training.data import Batch
+from jaxmem.training.step import Shifted, merge, router_use, shifted
 from jaxmem.typing import Array, Float, Int
 
 
@@ -21,8 +22,7 @@ class EvalStep(NamedTuple):
 
     nats: Float[Array, "B T"]
     """Of every next token, whether it counts or not."""
-    tokens: Int[Array, "B T+1"]
-    segment_ids: Int[Array, "B T+1"]
+    batch: Shifted
     router_use: list[Float[Array, "repeats M"]]
     """Choices per mixture in the pattern."""
 
@@ -44,28 +44,28 @@ class Evaluation:
     router_layers: list[int]
 
 
-def make_eval_step(config: DecoderConfig) -> Callable[[nnx.State, Int[Array, "B T+1"], Int[Array, "B T+1"]], EvalStep]:
+def make_eval_step(config: DecoderConfig) -> Callable[[nnx.State, Shifted], EvalStep]:
     """The function of a batch that `evaluate` calls, to be jitted."""
 
-    def step(params, tokens, segment_ids):
+    def step(params, batch: Shifted):
         model = merge(config, params)
-        hidden, state = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
-        targets = constrain(tokens[:, 1:], "batch", "time")
-        nats = token_nats(hidden, model.head, targets, vocab_size=config.vocab_size)
-        whole = (constrain(x, None, None) for x in (nats, tokens, segment_ids))
+        batch = jax.tree.map(lambda x: constrain(x, "batch", "time"), batch)
+        hidden, state = model(batch.tokens, segment_ids=batch.segment_ids)
+        nats = token_nats(hidden, model.head, batch.targets, vocab_size=config.vocab_size)
+        whole = jax.tree.map(lambda x: constrain(x, None, None), (nats, batch))
         return EvalStep(*whole, [use.chosen.sum(axis=1) for _, use in router_use(state)])
 
     return step
 
 
 def evaluate(
-    step: Callable[[Array, Array], EvalStep],
-    batches: Iterable[dict[str, np.ndarray]],
+    step: Callable[[Shifted], EvalStep],
+    batches: Iterable[Batch],
     token_bytes: Int[np.ndarray, "vocab"],
     config: DecoderConfig,
     place: Callable[[np.ndarray], Array],
 ) -> Evaluation:
-    """Runs `step(tokens, segment_ids)` over all batches and sums up on the host, in fp64.
+    """Runs `step(batch)` over all batches and sums up on the host, in fp64.
 
     Args:
       token_bytes: bytes of text that each token stands for.
@@ -73,10 +73,9 @@ def evaluate(
     """
     nats, text, tokens, use = None, None, 0, None
     for batch in batches:
-        found = jax.device_get(step(place(batch["tokens"]), place(batch["segment_ids"])))
-        segments, targets = found.segment_ids, found.tokens[:, 1:]
-        counts = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] != 0)
-        position = _positions(segments[:, :-1])[counts]
+        found = jax.device_get(step(jax.tree.map(place, shifted(batch))))
+        targets, counts = found.batch.targets, found.batch.counts
+        position = _positions(found.batch.segment_ids)[counts]
         if nats is None:
             nats, text = np.zeros(targets.shape[1]), np.zeros(targets.shape[1])
         np.add.at(nats, position, found.nats.astype(np.float64)[counts])

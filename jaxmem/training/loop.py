@@ -29,9 +29,9 @@ from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.finish import finish
 from jaxmem.training.metrics import MetricsWriter, read_metrics, replace_file
-from jaxmem.training.placement import any_process, gather_states, on_devices, on_mesh, scatter_state, to_host
+from jaxmem.training.placement import any_process, gather_states, on_devices, on_mesh, scatter_state, share_of_rows, to_host
 from jaxmem.training.progress import Progress
-from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step
+from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step, shifted
 
 MAY_CHANGE = ("steps", "checkpoint", "mesh", "eval_every_steps", "eval_bytes", "sample_prompt", "sample_tokens")
 """Fields of a TrainConfig that a resumed run may change."""
@@ -173,7 +173,8 @@ class _Run:
     """What stays the same from the first step to the last."""
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None):
-        self.config, self.tokenizer, self.mesh, self.place = config, tokenizer, mesh, on_mesh(mesh)
+        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
+        self.share, self.place = share_of_rows(mesh), on_mesh(mesh)
         self.pieces = training_pieces(config.data, tokenizer)
         self.heldout = heldout_pieces(config.data, tokenizer)
         if mesh is not None:  # says now that the batch cannot be split, not when all is compiled
@@ -185,9 +186,7 @@ class _Run:
 
     def start(self, store: CheckpointStore) -> tuple[TrainState, Any, list[str]]:
         """The state and the data to begin with: the newest intact checkpoint's, or new ones."""
-        batches = train_batches(
-            self.config.data, self.tokenizer, jax.process_index(), jax.process_count(), pieces=self.pieces
-        )
+        batches = train_batches(self.config.data, self.tokenizer, *self.share, pieces=self.pieces)
         fresh = jax.jit(lambda: init_state(self.config))
         if not store.steps():
             state = fresh()
@@ -220,9 +219,9 @@ class _Run:
         step = int(state.step)
         while step < config.steps and not stopping:
             batch = next(batches)
-            placed = (self.place(self.parts(batch[name])) for name in ("tokens", "segment_ids"))
+            placed = jax.tree.map(lambda rows: self.place(self.parts(rows)), shifted(batch))
             clock.dispatch(idle=pending is None or pending[1].finite.is_ready())
-            state, told = self.train_step(state, *placed)
+            state, told = self.train_step(state, placed)
             step += 1
             if pending is not None:
                 self.tell(*pending, clock, metrics, progress)
@@ -276,21 +275,19 @@ class _Run:
             raise NotFinite(describe_not_finite(step, told))
 
     def evaluate(self, state: TrainState, max_bytes: int | None) -> Evaluation:
-        processes = jax.process_index(), jax.process_count()
         batches = heldout_batches(
-            self.config.data, self.tokenizer, *processes, max_bytes=max_bytes, pieces=self.heldout
+            self.config.data, self.tokenizer, *self.share, max_bytes=max_bytes, pieces=self.heldout
         )
-        step = lambda tokens, segment_ids: self.eval_step(state.params, tokens, segment_ids)
+        step = lambda batch: self.eval_step(state.params, batch)
         return evaluate(step, batches, self.tokenizer.token_bytes, self.config.model, self.place)
 
     def parts(self, rows: np.ndarray) -> np.ndarray:
         return rows.reshape(self.config.accumulate, -1, rows.shape[-1])
 
     def target_bytes(self, batch: dict[str, np.ndarray]) -> int:
-        """Bytes of text that the targets of a batch stand for, on this process times the number of processes."""
-        segments = batch["segment_ids"]
-        counts = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-        return int(self.tokenizer.token_bytes[batch["tokens"][:, 1:][counts]].sum()) * jax.process_count()
+        """Bytes of text that the targets of a batch stand for, on this process times the number of shares."""
+        rows = shifted(batch)
+        return int(self.tokenizer.token_bytes[rows.targets[rows.counts]].sum()) * self.share[1]
 
 
 class _Clock:

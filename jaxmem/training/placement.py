@@ -1,6 +1,7 @@
 """Between hosts and the mesh: batches to devices, and every process's place in the data into one checkpoint."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,52 @@ from jaxmem.sharding import current_rules
 from jaxmem.typing import Array, Int, PyTree
 
 
+def share_of_rows(mesh: Mesh | None) -> tuple[int, int]:
+    """(which, of how many): the share of a batch's rows that this process reads. Processes that share the tokens of the same
+    rows, as over the mesh axis `seq`, have the same.
+
+    Raises: ValueError for a mesh in which a process would need pieces of several shares.
+    """
+    if mesh is None:
+        return jax.process_index(), jax.process_count()
+    of_batch = current_rules().activations["batch"]
+    n = math.prod(mesh.shape[axis] for axis in of_batch)
+    held: dict[int, set[int]] = {}
+    for device, (part,) in NamedSharding(mesh, P(of_batch)).devices_indices_map((n,)).items():
+        held.setdefault(device.process_index, set()).add(part.indices(n)[0])
+    return whole_share(held, jax.process_index(), n)
+
+
+def whole_share(held: dict[int, set[int]], process: int, n_pieces: int) -> tuple[int, int]:
+    """(which, of how many) shares a process has, of the pieces of a batch that each process holds.
+
+    Raises: ValueError if these are not shares of one size.
+
+    >>> whole_share({0: {0, 1}, 1: {2, 3}}, process=1, n_pieces=4)
+    (1, 2)
+    >>> whole_share({0: {0}, 1: {0}, 2: {1}, 3: {1}}, process=2, n_pieces=2)
+    (1, 2)
+    """
+    size = len(held[process])
+    if any(pieces != set(range(min(pieces), min(pieces) + size)) or min(pieces) % size for pieces in held.values()):
+        raise ValueError(
+            f"mesh: needs processes that hold the same rows of a batch or none in common, got the pieces {held} by process; "
+            "let the devices of a process be neighbours in the mesh, and its axes multiples of each other"
+        )
+    return min(held[process]) // size, n_pieces // size
+
+
 def on_mesh(mesh: Mesh | None) -> Callable[[Int[np.ndarray, "*parts B T"]], Array]:
-    """A function that puts this process's rows of a batch where the step wants them; B is split, parts and T are not."""
+    """A function that puts this process's rows of a batch where the step wants them; B and T are split, parts are not."""
+    n_shares = share_of_rows(mesh)[1]
 
     def place(rows: np.ndarray) -> Array:
         if mesh is None:
             return jax.device_put(rows)
-        batch = current_rules().spec(("batch",), "activations", (rows.shape[-2] * jax.process_count(),), mesh)
-        sharding = NamedSharding(mesh, P(*[None] * (rows.ndim - 2), *batch, None))
-        return jax.make_array_from_process_local_data(sharding, rows)
+        shape = *rows.shape[:-2], rows.shape[-2] * n_shares, rows.shape[-1]
+        spec = current_rules().spec(("batch", "time"), "activations", shape[-2:], mesh)
+        sharding = NamedSharding(mesh, P(*[None] * (rows.ndim - 2), *spec))
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return place
 

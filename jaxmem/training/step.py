@@ -1,8 +1,8 @@
 """One training step as a pure function: (state, batch) -> (state, metrics).
 
-A batch is tokens and segment ids, int32 [A, B, T+1]: A parts whose gradients are added up. The target at t is the token
-at t+1 of the same segment; the loss is the mean over targets of the whole batch, however it is split into parts or
-devices, plus the load-balancing loss of the routers (mean over parts).
+A batch has A parts of [B, T] tokens, whose gradients are added up. The target at t is the token at t+1 of the same segment;
+the loss is the mean over targets of the whole batch, however it is split into parts or devices, plus the load-balancing loss
+of the routers (mean over parts). No array of a step is as long as the sequence where devices share that.
 
 If the loss, a gradient or an update is not finite, the state comes back as it was and `metrics.finite` is False.
 """
@@ -19,9 +19,35 @@ from jaxmem.layers.cross_entropy import chunked_cross_entropy
 from jaxmem.layers.mixture_of_memories import MixtureState, load_balancing_loss
 from jaxmem.models.decoder import Decoder, DecoderConfig
 from jaxmem.sharding import constrain
+from jaxmem.training.data import Batch
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.optimizer import group_norms, make_optimizer, make_schedule
 from jaxmem.typing import Array, Bool, Float, Int, PyTree
+
+
+class Shifted(NamedTuple):
+    """A batch as steps take it: T tokens and the T that follow them, so that time can be split over devices."""
+
+    tokens: Int[Array, "*parts B T"]
+    segment_ids: Int[Array, "*parts B T"]
+    targets: Int[Array, "*parts B T"]
+    target_segments: Int[Array, "*parts B T"]
+
+    @property
+    def counts(self) -> Bool[Array, "*parts B T"]:
+        """True where the target is of the token's own segment: neither behind a segment's last token nor at padding."""
+        return (self.target_segments == self.segment_ids) & (self.segment_ids != 0)
+
+
+def shifted(batch: Batch) -> Shifted:
+    """Of rows with T+1 tokens.
+
+    >>> batch = {"tokens": jnp.arange(6), "segment_ids": jnp.array([1, 1, 2, 3, 3, 0])}
+    >>> shifted(batch).targets.tolist(), shifted(batch).counts.tolist()
+    ([1, 2, 3, 4, 5], [True, False, False, True, False])
+    """
+    tokens, segments = batch["tokens"], batch["segment_ids"]
+    return Shifted(tokens[..., :-1], segments[..., :-1], tokens[..., 1:], segments[..., 1:])
 
 
 class TrainState(NamedTuple):
@@ -68,22 +94,18 @@ def merge(config: DecoderConfig, params: nnx.State) -> Decoder:
     return nnx.merge(nnx.graphdef(abstract), params)
 
 
-def make_train_step(
-    config: TrainConfig,
-) -> Callable[[TrainState, Int[Array, "A B T+1"], Int[Array, "A B T+1"]], tuple[TrainState, StepMetrics]]:
+def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tuple[TrainState, StepMetrics]]:
     """The step of a run, to be jitted with its first argument donated."""
     schedule = make_schedule(config.optimizer, config.steps)
 
-    def loss_of_part(params, tokens, segment_ids, n_targets):
+    def loss_of_part(params, part: Shifted, n_targets):
         model = merge(config.model, params)
-        by_token = lambda x: constrain(x, "batch", "time")
-        hidden, state = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
-        weights = by_token(target_weights(segment_ids))
+        hidden, state = model(part.tokens, segment_ids=part.segment_ids)
         sums = chunked_cross_entropy(
             hidden,
             model.head,
-            by_token(tokens[:, 1:]),
-            weights,
+            part.targets,
+            part.counts.astype(jnp.float32),
             vocab_size=config.model.vocab_size,
             z_loss=config.z_loss,
         )
@@ -91,19 +113,19 @@ def make_train_step(
         loss = sums.loss_sum / n_targets + config.load_balance * balance / config.accumulate
         return loss, (sums.nats_sum, balance / config.accumulate)
 
-    def step(state: TrainState, tokens: Array, segment_ids: Array) -> tuple[TrainState, StepMetrics]:
-        n_targets = jnp.maximum(jnp.sum(jax.vmap(target_weights)(segment_ids)), 1.0)
+    def step(state: TrainState, batch: Shifted) -> tuple[TrainState, StepMetrics]:
+        n_targets = jnp.maximum(jnp.sum(batch.counts, dtype=jnp.float32), 1.0)
 
         def add_part(sums, part):
-            part = (constrain(x, "batch", None) for x in part)  # T + 1 tokens cannot be split over devices
-            (loss, told), grads = jax.value_and_grad(loss_of_part, has_aux=True)(state.params, *part, n_targets)
+            part = jax.tree.map(lambda x: constrain(x, "batch", "time"), part)
+            (loss, told), grads = jax.value_and_grad(loss_of_part, has_aux=True)(state.params, part, n_targets)
             return jax.tree.map(jnp.add, sums, (loss, told, grads)), None
 
         zeros = (jnp.zeros(()), (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
         if config.accumulate == 1:
-            (loss, (nats, balance), grads), _ = add_part(zeros, (tokens[0], segment_ids[0]))
+            (loss, (nats, balance), grads), _ = add_part(zeros, jax.tree.map(lambda x: x[0], batch))
         else:
-            (loss, (nats, balance), grads), _ = jax.lax.scan(add_part, zeros, (tokens, segment_ids))
+            (loss, (nats, balance), grads), _ = jax.lax.scan(add_part, zeros, batch)
 
         grad_norm = optax.tree.norm(grads)
         optimizer = make_optimizer(config.optimizer, config.steps, state.params)
@@ -125,12 +147,6 @@ def make_train_step(
         return new, told
 
     return step
-
-
-def target_weights(segment_ids: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
-    """1 where the next token is of the same segment, 0 elsewhere: behind a segment's last token and at padding."""
-    here, following = segment_ids[:, :-1], segment_ids[:, 1:]
-    return ((following == here) & (here != 0)).astype(jnp.float32)
 
 
 def router_use(state: PyTree) -> list[tuple[int, PyTree]]:

@@ -2,6 +2,7 @@
 rings behind them, and plans a training step."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,12 @@ from jaxmem.sharding.attention import Scheme, sharded_attention
 from jaxmem.sharding.folds import sequence_axis
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.training.data import DataConfig
-from jaxmem.training.experiment import TrainConfig
+from jaxmem.training.experiment import TrainConfig, load_experiment
 from jaxmem.training.optimizer import OptimizerConfig
 
 pytestmark = pytest.mark.tpu
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 HEADS, TOKENS = ("batch", "time", None, None), ("batch", "time")
 RINGS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
 KERNELS = {  # key width, value width, kv heads, dtype, options
@@ -123,7 +125,7 @@ def experiment(**mesh) -> TrainConfig:
 
 
 def test_a_training_step_is_planned():
-    """Per device the same, if tokens and devices double; every exchange of some size hidden."""
+    """Per device the same, if tokens and devices double; every exchange hidden."""
     small = plan(experiment(), "v5p:2x2x1")
     large = experiment()
     large = dataclasses.replace(
@@ -134,9 +136,25 @@ def test_a_training_step_is_planned():
     large = plan(large, "v5p:2x2x2")
     assert large.temporary_bytes < 1.1 * small.temporary_bytes
     for found in (small, large):
-        assert sum(exchange.hidden for exchange in found.exchanges) >= 10
-        assert max(exchange.n_bytes for exchange in found.exchanges if not exchange.hidden) < 2**20  # bytes of keys
+        assert len(found.exchanges) >= 12
+        assert [exchange for exchange in found.exchanges if not exchange.hidden] == []
     assert "per device: " in str(small) and "not hidden behind one: " in str(small)
+
+
+@pytest.mark.parametrize(
+    "topology, n_tokens", [("v5p:8x8x8", 4 * 2**20), pytest.param("v5p:8x16x16", 16 * 2**20, marks=pytest.mark.slow)]
+)
+def test_a_pod_holds_a_long_context_and_hides_every_exchange(topology, n_tokens):
+    config = load_experiment(EXPERIMENTS / "long_context.py")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, context_tokens=n_tokens),
+        mesh=dataclasses.replace(config.mesh, seq=n_tokens // 8192),
+    )
+    found = plan(config, topology)
+    assert found.state_bytes + found.temporary_bytes < 8 * 2**30 < found.memory_bytes
+    assert len(found.exchanges) >= 12
+    assert [exchange for exchange in found.exchanges if not exchange.hidden] == []
 
 
 def test_a_step_that_does_not_fit_is_refused():

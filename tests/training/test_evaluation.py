@@ -16,6 +16,7 @@ from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, make_mesh, param_spec, use_mesh
 from jaxmem.training.evaluation import EvalStep, evaluate, make_eval_step
 from jaxmem.training.placement import on_mesh
+from jaxmem.training.step import shifted
 
 B, T, VOCAB = 8, 12, 64
 MODEL = DecoderConfig(
@@ -39,11 +40,10 @@ def make_batches(n=2):
         yield {"tokens": numbers.integers(0, VOCAB, (B, T + 1), dtype=np.int32), "segment_ids": segments}
 
 
-def fake_step(tokens, segment_ids):
+def fake_step(batch):
     """A model whose nats are a known function of the target, and NaN where nothing may be read."""
-    counts = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    nats = np.where(counts, 0.5 + tokens[:, 1:] / 10, np.nan).astype(np.float32)
-    return EvalStep(nats, tokens, segment_ids, [np.array([[1.0, 2, 3], [0, 0, 0]])])
+    nats = np.where(batch.counts, 0.5 + batch.targets / 10, np.nan).astype(np.float32)
+    return EvalStep(nats, batch, [np.array([[1.0, 2, 3], [0, 0, 0]])])
 
 
 def by_hand(batches):
@@ -93,7 +93,7 @@ def test_router_shares_by_layer(found):
 )
 def test_edges_double_and_end_at_the_context(context, edges):
     batch = {"tokens": np.full((1, context + 1), 5), "segment_ids": np.ones((1, context + 1), int)}
-    step = lambda tokens, segment_ids: EvalStep(np.ones((1, context), np.float32), tokens, segment_ids, [])
+    step = lambda batch: EvalStep(np.ones((1, context), np.float32), batch, [])
     one = dataclasses.replace(MODEL, pattern=(AttentionConfig(2),))
     found = evaluate(step, [batch], np.ones(VOCAB, int), one, np.asarray)
     assert found.position_edges == edges and found.router_use == []
@@ -103,7 +103,7 @@ def test_edges_double_and_end_at_the_context(context, edges):
 @pytest.mark.parametrize("batches", [0, 1])
 def test_nothing_to_read(batches):
     padding = {"tokens": np.zeros((1, 5), int), "segment_ids": np.zeros((1, 5), int)}
-    step = lambda tokens, segment_ids: EvalStep(np.ones((1, 4)), tokens, segment_ids, [np.zeros((2, 3))])
+    step = lambda batch: EvalStep(np.ones((1, 4)), batch, [np.zeros((2, 3))])
     with pytest.raises(
         ValueError, match="evaluation: needs held-out text, got none; name heldout files that have text"
     ):
@@ -157,7 +157,7 @@ def test_a_mesh_finds_the_same(params, real):
         placed = jax.tree.map(place, params, is_leaf=is_param)
         again = evaluate(lambda *batch: step(placed, *batch), make_batches(), BYTES, MODEL, on_mesh(mesh))
         batch = next(make_batches(1))
-        seen = step(placed, *(on_mesh(mesh)(batch[name]) for name in ("tokens", "segment_ids")))
+        seen = step(placed, jax.tree.map(on_mesh(mesh), shifted(batch)))
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(seen)), "every process reads all of it"
     assert_same(again, real)
 

@@ -18,6 +18,7 @@ from jaxmem.checkpoints import complete_steps
 from jaxmem.sharding import MeshConfig
 from jaxmem.training.experiment import load_experiment
 from jaxmem.training.loop import train
+from jaxmem.training.metrics import read_metrics
 from jaxmem.training.run import load_run
 
 pytestmark = pytest.mark.slow
@@ -37,23 +38,26 @@ MESH = MeshConfig(data=1, fsdp=2)  # every parameter is half on one process and 
 ON_MESH = ("--mesh.data", "1", "--mesh.fsdp", "2")
 
 
+ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TF_"))} | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+}
+"""Of processes of one device."""
+
+
 class Pair:
     """Two processes of one device each that train the tiny experiment together."""
 
-    def __init__(self, work: Path, out: str):
+    def __init__(self, work: Path, out: str, options: tuple[str, ...] = (*OPTIONS, *ON_MESH)):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TF_"))} | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        }
-        command = ("train", str(TINY), "--out", out, "--resume", *OPTIONS, *ON_MESH)
+        command = ("train", str(TINY), "--out", out, "--resume", *options)
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-c", MEMBER, address, str(index), *command],
                 cwd=work,
-                env=environment,
+                env=ALONE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -111,6 +115,23 @@ def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, co
     assert f"resumed from the checkpoint of step {step}" in printed[0]
     config = dataclasses.replace(load_experiment(TINY), steps=STEPS)
     compare(config, run_dir, whole)
+
+
+def test_a_sequence_that_two_processes_share(work):
+    """Each reads all rows and holds half of their tokens; the losses are those of one process with one device."""
+    steps = ("--steps", "6", "--eval-every-steps", "6")
+    pair = Pair(work, "sequence-by-two", (*steps, "--mesh.data", "1", "--mesh.seq", "2"))
+    pair.finish()
+    alone = subprocess.run(
+        [sys.executable, "-m", "jaxmem.cli", "train", str(TINY), "--out", "sequence-by-one", *steps],
+        cwd=work, env=ALONE, capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    lines = lambda n: [line for line in read_metrics(work / f"sequence-by-{n}") if line["kind"] in ("train", "eval")]
+    got, want = lines("two"), lines("one")
+    assert len(got) == len(want) == 7
+    for name in ("kind", "loss", "bits_per_byte"):
+        assert [line[name] for line in got] == pytest.approx([line[name] for line in want], rel=1e-4)
 
 
 def test_what_two_processes_made_is_read_by_one_but_goes_on_with_two(work, whole, monkeypatch):

@@ -23,7 +23,7 @@ from jaxmem.training.data import DataConfig
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.optimizer import OptimizerConfig, parameter_groups
 from jaxmem.training.placement import on_mesh
-from jaxmem.training.step import init_state, make_train_step, merge, target_weights
+from jaxmem.training.step import init_state, make_train_step, merge, shifted
 
 B, T, VOCAB = 8, 16, 64
 
@@ -70,6 +70,10 @@ def make_batch(seed=0, parts=1):
     return tuple(x.reshape(parts, -1, T + 1) for x in (tokens, segments))
 
 
+def as_batch(tokens, segments):
+    return shifted({"tokens": tokens, "segment_ids": segments})
+
+
 @cache
 def fresh(config):
     """The state before the first step, on the host, so that any mesh may take it."""
@@ -85,7 +89,7 @@ def run(config, n_steps=1, state=None, batch=None):
     """The state and the metrics after some steps."""
     state = fresh(config) if state is None else state
     for seed in range(n_steps):
-        state, metrics = compiled(config)(state, *(batch or make_batch(seed, config.accumulate)))
+        state, metrics = compiled(config)(state, as_batch(*(batch or make_batch(seed, config.accumulate))))
     return state, metrics
 
 
@@ -144,7 +148,7 @@ def two_steps(step, state, place):
     """
     after = []
     for seed in range(2):
-        state, metrics = step(state, *(place(x) for x in make_batch(seed)))
+        state, metrics = step(state, jax.tree.map(place, as_batch(*make_batch(seed))))
         root = jax.tree.map(jnp.sqrt, optax.tree_utils.tree_get(state.opt_state, "nu"))
         told = state._replace(opt_state=optax.tree_utils.tree_set(state.opt_state, nu=root))
         after.append(jax.device_get((told, metrics)))
@@ -213,7 +217,7 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
         shardings, place = where_it_belongs(experiment, mesh), on_mesh(mesh)
         state = jax.device_put(fresh(experiment), shardings)
         step = jax.jit(make_train_step(experiment))
-        program = step.lower(state, *(place(x) for x in make_batch())).compile()
+        program = step.lower(state, jax.tree.map(place, as_batch(*make_batch()))).compile()
         after, state = two_steps(program, state, place)
 
     assert_close(after, alone(kind), rounding=moved_by_rounding(kind))
@@ -249,8 +253,8 @@ def plain_loss(config, params, tokens, segment_ids):
 
 
 def test_targets_are_of_the_same_segment():
-    segments = jnp.array([[1, 1, 2, 3, 3, 0], [0, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(target_weights(segments), [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
+    segments = np.array([[1, 1, 2, 3, 3, 0], [0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(as_batch(segments, segments).counts, [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -258,7 +262,7 @@ def test_loss_and_gradients_are_those_of_all_logits_in_any_number_of_parts(parts
     config = experiment(accumulate=parts)
     state, metrics = run(config)
     tokens, segments = (x[0] for x in make_batch())
-    weights = [np.sum(target_weights(jnp.asarray(part))) for part in np.split(segments, 4)]
+    weights = [np.sum(as_batch(part, part).counts) for part in np.split(segments, 4)]
     assert len(set(map(float, weights))) > 2, "parts of equal weight could not tell one mean from the other"
 
     @jax.jit
@@ -343,7 +347,7 @@ def test_a_run_traces_once_and_gives_its_state_away():
     state = jax.device_put(fresh(config))
     for seed in range(3):
         before = state
-        state, metrics = step(state, *(jnp.asarray(x) for x in make_batch(seed)))
+        state, metrics = step(state, jax.tree.map(jnp.asarray, as_batch(*make_batch(seed))))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert len(traces) == 1
     assert_bitwise((state, metrics), run(config, 3))
