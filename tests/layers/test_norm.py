@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmem.layers.norm import RMSNorm, l2_normalize
+from jaxmem.layers.norm import LayerNorm, RMSNorm, l2_normalize
 from jaxmem.sharding import MeshConfig, constrain, make_mesh, use_mesh
 
 
@@ -20,14 +20,22 @@ def rms_norm(dtype=jnp.float32):
     return norm
 
 
+def layer_norm():
+    norm = LayerNorm(16, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = jnp.linspace(0.5, 2.0, 16), jnp.full(16, 0.25)
+    return norm
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)], ids=["fp32", "bf16"])
 def test_against_numpy(dtype, tolerance):
     x = inputs(dtype)
     x64 = np.asarray(x, np.float64)
-    got = jax.jit(rms_norm())(x), jax.jit(l2_normalize)(x)
+    got = jax.jit(rms_norm())(x), jax.jit(l2_normalize)(x), jax.jit(layer_norm())(x)
     wanted = (
         x64 / np.sqrt(np.mean(x64**2, -1, keepdims=True) + 1e-6) * np.linspace(0.5, 2.0, 16),
         x64 / np.sqrt(np.sum(x64**2, -1, keepdims=True) + 1e-6),
+        (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5) * np.linspace(0.5, 2.0, 16)
+        + 0.25,
     )
     for y, z in zip(got, wanted, strict=True):
         assert y.dtype == dtype
