@@ -126,7 +126,7 @@ def _pieces(size: int, of: int) -> list[slice]:
     return [slice(start, min(start + of, size)) for start in range(0, size, of)]
 
 
-def _kind() -> str | None:
+def kind_of_tpu() -> str | None:
     """Of device that is compiled for: that of the mesh in force, else the default one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
@@ -266,7 +266,7 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
     of_q = lambda b, h, i, *_: (b, h, 0, i)
     places_of_q = pl.BlockSpec((1, 2, size_q), lambda b, h, i, *_: (b, 0, i))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    pieces = PIECES.get(_kind(), (1024, 512))
+    pieces = PIECES.get(kind_of_tpu(), (1024, 512))
     oT, lse = pl.pallas_call(
         functools.partial(_forward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups, pieces=pieces),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -36,3 +36,11 @@ def default_launch(kernel: str, width: int, itemsize: int) -> Launch:
     """Of "forward", "dq" or "dkv", for heads of that width; beyond the widest of `LAUNCHES`, as for that one."""
     of_widths = LAUNCHES[2 if itemsize <= 2 else 4]
     return of_widths[min((w for w in of_widths if w >= width), default=max(of_widths))][kernel]
+
+
+def decode_launch(rows: int, width: int, itemsize: int) -> Launch:
+    """Of decoding with so many rows per kv head: its programs read keys and do little else."""
+    block_k = max(
+        16, min(128, 2**14 // (width * itemsize))
+    )  # 16 KiB of keys, so that three of them and of values fit twice
+    return Launch(rows, 1 << block_k.bit_length() - 1, 4 if rows < 64 else 8, 3 if itemsize <= 2 else 2)
