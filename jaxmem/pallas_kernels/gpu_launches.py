@@ -22,14 +22,15 @@ LAUNCHES = {
         512: {"forward": Launch(64, 32, 8, 1), "dq": Launch(32, 32, 8, 1), "dkv": Launch(32, 32, 8, 1)},
     },
     4: {
-        128: {"forward": Launch(64, 32, 8, 2), "dq": Launch(64, 32, 8, 2), "dkv": Launch(32, 64, 8, 2)},
+        64: {"forward": Launch(64, 64, 8, 2), "dq": Launch(64, 64, 8, 2), "dkv": Launch(64, 64, 8, 2)},
+        128: {"forward": Launch(32, 32, 4, 2), "dq": Launch(32, 32, 4, 2), "dkv": Launch(64, 32, 8, 2)},
         256: {"forward": Launch(64, 32, 8, 1), "dq": Launch(32, 32, 8, 1), "dkv": Launch(32, 32, 8, 1)},
         512: {"forward": Launch(32, 16, 8, 1), "dq": Launch(16, 16, 8, 1), "dkv": Launch(16, 16, 8, 1)},
     },
 }
-"""Of bytes per number and widths of heads up to some: in 16 bits the fastest of ten or so, on an H200 with jax 0.11.2; in 32
-the largest blocks tried that spill next to no registers on sm_90. All fit in the shared memory of sm_80, 163 KiB
-(`jaxmem kernels --gpu`)."""
+"""Of bytes per number and widths of heads up to some: the fastest of a few on an H200 with jax 0.11.2; beyond 256 wide, in 32
+bits beyond 128, the largest blocks tried that spill next to no registers on sm_90. All fit in the shared memory of sm_80,
+163 KiB (`jaxmem kernels --gpu`)."""
 
 
 def default_launch(kernel: str, width: int, itemsize: int) -> Launch:
