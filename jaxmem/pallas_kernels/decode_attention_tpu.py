@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxmem.devices import kind_of_device
 from jaxmem.pallas_kernels.attention_scores import Static, filled, fp32_result
 from jaxmem.pallas_kernels.block_spans import visible
 from jaxmem.pallas_kernels.decode_sums import UNSEEN, WHOLE, Sums, block_kinds
-from jaxmem.pallas_kernels.flash_attention_tpu import LOG2_E, VMEM_BYTES, kind_of_tpu
+from jaxmem.pallas_kernels.flash_attention_tpu import LOG2_E, VMEM_BYTES
 from jaxmem.pallas_kernels.masks import Place
 from jaxmem.typing import Array, Bool, Float, Int
 
@@ -175,7 +176,7 @@ def sums(q, k, v, q_place: Place, k_place: Place, maximum: Float[Array, "B T H"]
     """As `decode_sums.sums`."""
     x = layout(k, v, static.block_k)
     (batch, n_tokens, heads, _), groups, value = q.shape, k.shape[2], v.shape[3]
-    programs, cores = batch * groups // x.groups, CORES.get(kind_of_tpu(), 1)
+    programs, cores = batch * groups // x.groups, CORES.get(kind_of_device(), 1)
     same = jnp.result_type(q, k)
     packed = 32 // min(same.itemsize, v.dtype.itemsize)
     rows = lambda a: filled(jnp.swapaxes(a, 1, 2).reshape(programs, -1, a.shape[3]), packed, axis=1)
