@@ -10,9 +10,9 @@ import pytest
 from attention_cases import assert_close, on_fake_tpu, races_found, relative_rms
 
 from jaxmem.pallas_kernels import decode_attention_gpu, decode_attention_tpu
-from jaxmem.pallas_kernels.decode_attention import unified_max_attention
-from jaxmem.pallas_kernels.decode_sums import CUT, UNSEEN, WHOLE, block_kinds
-from jaxmem.pallas_kernels.flash_attention import flash_attention
+from jaxmem.pallas_kernels.decode_attention import unified_max_attention, unified_sums
+from jaxmem.pallas_kernels.decode_sums import CUT, UNSEEN, WHOLE, block_kinds, finish
+from jaxmem.pallas_kernels.flash_attention import flash_attention, prepare
 from jaxmem.pallas_kernels.masks import Mask, Place, sees
 
 B, S, NOW = 3, 300, 250
@@ -39,8 +39,6 @@ CASES = {
     "short": {"n_keys": 20, "mask": "full"},
     "default blocks": {"n_keys": 600, "block": None},
     "bf16": {"dtype": jnp.bfloat16, "heads": (8, 2), "n_tokens": 2},
-    "overflow": {"maximum": -100.0},
-    "underflow": {"maximum": 100.0, "heads": (4, 2), "mask": "window 60"},
 }
 
 
@@ -80,17 +78,25 @@ def as_dict(partial):
     return dict(zip(("o", "lse"), jax.device_get(partial), strict=True))
 
 
+def run(attend, arrays, implementation):
+    with on_fake_tpu(dma_execution_mode="on_wait") if implementation == "pallas_tpu" else contextlib.nullcontext():
+        found = jax.device_get(jax.jit(attend)(*arrays))
+    assert not (implementation == "pallas_tpu" and races_found())
+    return found
+
+
+def equation(arrays, options):
+    exact = [jnp.nan_to_num(x.astype(jnp.float32)) for x in arrays]
+    return as_dict(flash_attention(*exact, **options, implementation="reference"))
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "grouped" else pytest.mark.slow) for n in CASES])
 def test_kernels_compute_the_equation(name, implementation):
     arrays, options, more = case(**CASES[name], implementation=implementation)
-    attend = functools.partial(unified_max_attention, **options, block_k=more["block_k"], implementation=implementation)
-    with on_fake_tpu(dma_execution_mode="on_wait") if implementation == "pallas_tpu" else contextlib.nullcontext():
-        got, served = jax.device_get(jax.jit(attend)(*arrays, maximum=more["maximum"]))
-    assert not (implementation == "pallas_tpu" and races_found())
-    assert bool(served) is (name not in ("overflow", "underflow"))
-    exact = [jnp.nan_to_num(x.astype(jnp.float32)) for x in arrays]
-    want = as_dict(flash_attention(*exact, **options, implementation="reference"))
-    got = as_dict(got)
+    *prepared, _, static = prepare(*arrays, **options, block_k=more["block_k"], implementation=implementation)
+    maximum = jnp.full(arrays[0].shape[:3], more["maximum"])
+    attend = lambda *qkv: finish(unified_sums(*qkv, *prepared, maximum, static), maximum)
+    got, want = as_dict(run(attend, arrays, implementation)), equation(arrays, options)
     if arrays[0].dtype == jnp.bfloat16:
         assert_close({"o": got["o"]}, {"o": want["o"]}, 2.0**-7)  # weights are rounded to bf16
         assert_close({"lse": got["lse"]}, {"lse": want["lse"]}, 1e-5)  # their sum is not
@@ -99,7 +105,18 @@ def test_kernels_compute_the_equation(name, implementation):
     assert np.all(got["o"][1] == 0) and np.all(got["lse"][1] == -np.inf)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.slow
+@pytest.mark.parametrize("maximum, serves", [(2.0, True), (-100.0, False), (100.0, False), (float("nan"), False)])
+def test_a_maximum_that_does_not_serve(maximum, serves, implementation):
+    """A traced one."""
+    arrays, options, more = case(heads=(4, 2), n_tokens=2, mask="window 60", implementation=implementation)
+    attend = functools.partial(unified_max_attention, **options, block_k=more["block_k"], implementation=implementation)
+    got, served = run(lambda *x: attend(*x[:3], maximum=x[3]), (*arrays, maximum), implementation)
+    assert bool(served) is serves
+    assert_close(as_dict(got), equation(arrays, options), 1e-5)
+
+
+@pytest.mark.parametrize("mask", [pytest.param(m, marks=() if "window" in m else pytest.mark.slow) for m in MASKS])
 def test_kinds_of_blocks(mask):
     size = 20
     here, there = places(mask, 2, S)
@@ -111,7 +128,7 @@ def test_kinds_of_blocks(mask):
     assert np.all(kinds[1] == UNSEEN) and np.any(kinds == WHOLE)
 
 
-@pytest.mark.parametrize("maximum", [2.0, 100.0])
+@pytest.mark.parametrize("maximum", [2.0, pytest.param(100.0, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_xla(maximum):
     arrays, options, _ = case(heads=(4, 2), widths=(8, 6), n_keys=40, block=None)
 
@@ -143,30 +160,35 @@ def test_lowers_to_triton_for_cuda(name, chosen):
 
 
 ERRORS = {
-    "unknown": (ValueError, "reference", {}, r"one of xla, pallas_tpu, pallas_gpu, got implementation='reference'"),
+    "unknown": (
+        ValueError,
+        "reference",
+        {},
+        r"implementation to be one of xla, pallas_tpu, pallas_gpu, got implementation='reference'",
+    ),
     "rows of a TPU": (
         NotImplementedError,
         "pallas_tpu",
         {"n_tokens": 300},
-        r"needs at most 512 queries times heads with 'pallas_tpu', got 600; use 'xla'",
+        r"at most 512 queries times heads with 'pallas_tpu', got 600; use 'xla'",
     ),
     "blocks of a TPU": (
         NotImplementedError,
         "pallas_tpu",
         {"block": 100},
-        r"needs blocks that 128 divides with 'pallas_tpu', got block_k=100; use 'xla'",
+        r"blocks that 128 divides with 'pallas_tpu', got block_k=100; use 'xla'",
     ),
     "rows of a GPU": (
         NotImplementedError,
         "pallas_gpu",
         {"n_tokens": 129},
-        r"needs at most 128 queries of a kv head with 'pallas_gpu', got 129; use 'xla'",
+        r"at most 128 queries of a kv head with 'pallas_gpu', got 129; use 'xla'",
     ),
     "blocks of a GPU": (
         NotImplementedError,
         "pallas_gpu",
         {"block": 24},
-        r"needs blocks of a power of two from 16 keys with 'pallas_gpu', got block_k=24; use 'xla'",
+        r"blocks of a power of two from 16 keys with 'pallas_gpu', got block_k=24; use 'xla'",
     ),
 }
 
@@ -174,6 +196,11 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name):
     error, implementation, changes, text = ERRORS[name]
-    arrays, options, more = case(**changes)
-    with pytest.raises(error, match="unified_max_attention: needs .*" + text.removeprefix("needs ")):
-        unified_max_attention(*arrays, **options, **more, implementation=implementation)
+    n_tokens = changes.get("n_tokens", 1)
+    here, there = places("full", n_tokens, 200)
+    q, cache = jnp.zeros((B, n_tokens, 2, 128)), jnp.zeros((B, 200, 2, 128))
+    with pytest.raises(error, match="unified_max_attention: needs " + text):
+        unified_max_attention(
+            q, cache, cache, q_place=here, k_place=there, maximum=0.0, block_k=changes.get("block"),
+            implementation=implementation,
+        )  # fmt: skip
