@@ -1,9 +1,9 @@
 """`decode_sums` on an NVIDIA GPU, Pallas compiled by Triton: the visited keys of a row are shared out among many programs.
 
-A program has all queries of one kv head, R T of them, and a part of the blocks of keys that some of them see, from a list of
-one number per block: first those that need no mask, then the others, in two loops without branches. Its sums stay in
-registers, one per column of a block until the end, since with a maximum known before nothing is rescaled; those of programs
-are added by XLA.
+A program has all queries of one kv head, R T of them, and a part of the blocks of keys that some of them see: the longest run
+of blocks that need no mask in one loop, the others in a second one, from a list of one number per block. (Triton has several
+loads on their way only where their addresses come from no list.) Its sums stay in registers, one per column of a block
+until the end, since with a maximum known before nothing is rescaled; those of programs are added by XLA.
 
     s = q k^T [R T, C]      p = exp(s - m)      weights += p      values += p v [R T, V]
 
@@ -33,30 +33,32 @@ from jaxmem.typing import Array, Float, Int
 LOG2_E = math.log2(math.e)
 MOST_ROWS = 128
 """Queries of a kv head."""
-PROGRAMS = 528
-"""That fill a GPU: four for each of 132 processors."""
+PROGRAMS = 396
+"""That fill a GPU: three for each of 132 processors, as shared memory allows."""
+KEYS_PER_ROW = 16
+"""Of a program at least, so that its results are an eighth of what it reads in 16 bits."""
 
 
 class Visits(NamedTuple):
-    """Of a row of the batch."""
+    """Of a row of the batch: the longest run of blocks that need no mask, and all others that some query sees."""
 
-    blocks: Int[Array, "B M"]
-    """Those that need no mask, then the others that some query sees, then the rest."""
-    n_whole: Int[Array, "B 1"]
-    n_seen: Int[Array, "B 1"]
+    run: Int[Array, "B 1"]
+    """The first of them."""
+    n_run: Int[Array, "B 1"]
+    others: Int[Array, "B M"]
+    n_others: Int[Array, "B 1"]
 
 
 def _kernel(
     visits: Visits, q, q_place: Place, maximum, k, v, k_place: Place, values, weights, top, *, static: Static
 ):  # fmt: skip
     size, n_keys, part, n_parts = static.block_k, k.shape[0], pl.program_id(0), pl.num_programs(0)
-    rows, n_whole, n_seen = load(q, slice(None)), visits.n_whole[0], visits.n_seen[0]
-    start, end = (jax.lax.div((part + i) * n_seen, n_parts) for i in (0, 1))
-    row_maximum = maximum[:][:, None]
+    rows, row_maximum, run, n_run = load(q, slice(None)), maximum[:][:, None], visits.run[0], visits.n_run[0]
+    start, end = (jax.lax.div((part + i) * (n_run + visits.n_others[0]), n_parts) for i in (0, 1))
 
     def fold(i, carry, cut: bool):
         total, highest, acc = carry
-        block = visits.blocks[i]
+        block = visits.others[i - n_run] if cut else run + i
         first = jnp.minimum(block * size, n_keys - size)  # the last block is a whole one, that overlaps the one before
         tokens = pl.ds(first, size)
         s = (static.scale * LOG2_E) * products(rows, load(k, tokens))  # [N C]
@@ -72,7 +74,7 @@ def _kernel(
 
     shape = (q.shape[0], size)
     carry = jnp.zeros(shape, jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32), zeros(q.shape[0], v)
-    middle = jnp.clip(n_whole, start, end)
+    middle = jnp.clip(n_run, start, end)
     carry = jax.lax.fori_loop(start, middle, functools.partial(fold, cut=False), carry)
     total, highest, acc = jax.lax.fori_loop(middle, end, functools.partial(fold, cut=True), carry)
     store(values, acc)
@@ -107,7 +109,8 @@ def sums(q, k, v, q_place: Place, k_place: Place, maximum: Float[Array, "B T H"]
     visits = _visits(static, q_place, k_place, size)
     real = Place(q_place.index, jnp.where(q_place.segment == 0, -1, q_place.segment))
     q_place = jax.tree.map(lambda a: of_rows(a.astype(jnp.int32) + 1) - 1, real)  # the segment of padding is -1
-    parts = min(-(-PROGRAMS // (batch * groups)), visits.blocks.shape[1])
+    most = max(1, k.shape[1] // (KEYS_PER_ROW * n_filled))
+    parts = min(-(-PROGRAMS // (batch * groups)), visits.others.shape[1], most)
 
     of_row = lambda a: pl.BlockSpec((None, a.shape[1]), lambda i, g, b: (b, 0))
     of_group = lambda a: pl.BlockSpec((None, None, *a.shape[2:]), lambda i, g, b: (b, g, *[0] * (a.ndim - 2)))
@@ -139,5 +142,10 @@ def sums(q, k, v, q_place: Place, k_place: Place, maximum: Float[Array, "B T H"]
 
 def _visits(static: Static, q_place: Place, k_place: Place, size: int) -> Visits:
     kinds = block_kinds(static.mask, q_place, k_place, size)
-    n = lambda some: jnp.sum(some, axis=1, keepdims=True, dtype=jnp.int32)
-    return Visits(jnp.argsort(kinds, axis=1, stable=True).astype(jnp.int32), n(kinds == WHOLE), n(kinds != UNSEEN))
+    block = jnp.arange(kinds.shape[1], dtype=jnp.int32)
+    length = block - jax.lax.cummax(jnp.where(kinds == WHOLE, -1, block), axis=1)  # of the run that ends here
+    last, n_run = jnp.argmax(length, axis=1, keepdims=True).astype(jnp.int32), jnp.max(length, axis=1, keepdims=True)
+    run = last + 1 - n_run
+    other = (kinds != UNSEEN) & ((block < run) | (block > last))
+    others = jnp.argsort(~other, axis=1, stable=True).astype(jnp.int32)
+    return Visits(run, n_run, others, jnp.sum(other, axis=1, keepdims=True, dtype=jnp.int32))

@@ -1,13 +1,13 @@
 """`decode_sums` on a TPU: every block of keys that some query sees goes once through the matrix unit, as the cache has it.
 
-Where kv heads fill whole tiles, [B S G K] is in memory what [B (S G) K] is: no copy. All queries of a row, H T of them, meet all
-heads of a block of keys in one product, and pairs of two groups are masked,
+Where kv heads fill whole tiles, [B S G K] is in memory what [B (S G) K] is: no copy. All queries of a row, H T of them, meet
+all heads of a block of keys in one product, and pairs of two groups are masked,
 
     s = q k^T [H T, C G]      p = exp(s - m)      weights += sum p      values += p v [H T, V],
 
 which costs the matrix unit nothing: keys are what it holds, and it has rows to spare. Other caches come as [(B G) S K], or
-[(B G) K S] where 128 does not divide K, as XLA lays them out by itself; a program then has one kv head. With K = 256 and less
-than 8 kv heads, or where one of K and V is a multiple of 128 and the other is not, XLA copies the cache.
+[(B G) K S] where 128 does not divide K, as XLA lays them out by itself; a program then has one kv head. With K = 256 and 2 or
+4 kv heads, or where 128 divides only one of K and V, XLA copies.
 
 The grid is a list of the blocks that some query sees, of all rows of the batch one after the other, one number per block in
 SMEM: no turn is spent on others. Where a chip has two cores, each gets half of the list.
@@ -244,15 +244,17 @@ def _visits(
     """(blocks to visit, their list, which core visits some of which program): 2 (n_blocks program + block) + whole."""
     kinds = block_kinds(static.mask, q_place, k_place, x.block_k)
     kinds = jnp.repeat(kinds, programs // kinds.shape[0], axis=0)
-    seen, whole = kinds != UNSEEN, (kinds == WHOLE).reshape(-1)
+    seen = kinds != UNSEEN
     ends = jnp.cumsum(jnp.sum(seen, axis=1, dtype=jnp.int32))
     count = ends[-1]
-    order = jnp.argsort(~seen.reshape(-1), stable=True).astype(jnp.int32)
-    order = order[jnp.minimum(jnp.arange(order.size + cores - 1), jnp.maximum(count - 1, 0))]
+    number = 2 * jnp.arange(kinds.size, dtype=jnp.int32) + (kinds == WHOLE).reshape(-1)
+    last = jnp.max(jnp.where(seen.reshape(-1), number, 0))
+    items = jnp.sort(jnp.where(seen.reshape(-1), number, last))  # those behind the last one are it again
+    items = jnp.pad(items, (0, cores - 1), constant_values=last)
     starts, turns = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]]), jnp.maximum(-(-count // cores), 1)
     core = jnp.arange(cores)[:, None]
     written = (starts < ends) & (starts < (core + 1) * turns) & (ends > core * turns)
-    return count, 2 * order + whole[order], written
+    return count, items, written
 
 
 def _row_places(q_place: Place, rows, x: Layout, heads: int) -> Int[Array, "N rows 3"]:

@@ -41,7 +41,5 @@ def default_launch(kernel: str, width: int, itemsize: int) -> Launch:
 
 def decode_launch(rows: int, width: int, itemsize: int) -> Launch:
     """Of decoding with so many rows per kv head: its programs read keys and do little else."""
-    block_k = max(
-        16, min(128, 2**14 // (width * itemsize))
-    )  # 16 KiB of keys, so that three of them and of values fit twice
-    return Launch(rows, 1 << block_k.bit_length() - 1, 4 if rows < 64 else 8, 3 if itemsize <= 2 else 2)
+    block_k = max(16, min(128, 2**14 // (width * itemsize)))  # 16 KiB of keys
+    return Launch(rows, 1 << block_k.bit_length() - 1, 4 if rows < 64 else 8, 3)
