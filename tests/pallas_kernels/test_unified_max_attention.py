@@ -105,6 +105,16 @@ def test_kernels_compute_the_equation(name, implementation):
     assert np.all(got["o"][1] == 0) and np.all(got["lse"][1] == -np.inf)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu(name):
+    arrays, options, more = case(**CASES[name])
+    attend = functools.partial(unified_max_attention, **options, **more, implementation="pallas_gpu")
+    got, served = jax.jit(attend)(*arrays)
+    assert served
+    assert_close(as_dict(got), equation(arrays, options), 1e-5 if arrays[0].dtype == jnp.float32 else 2.0**-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("maximum, serves", [(2.0, True), (-100.0, False), (100.0, False), (float("nan"), False)])
 def test_a_maximum_that_does_not_serve(maximum, serves, implementation):
