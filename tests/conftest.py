@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Unoptimised code compiles faster, and what tests ask is no matter of optimisation. The caller's flags stand last and win.
+    # Unoptimised code compiles faster; what tests ask is no matter of optimisation. The caller's flags stand last and win.
     os.environ["XLA_FLAGS"] = " ".join(
         (
             "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",

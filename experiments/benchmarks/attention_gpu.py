@@ -1,11 +1,11 @@
 """Attention's kernels on an NVIDIA GPU against what people would pick: cuDNN, and the Triton kernel that ships with JAX.
 
-    python experiments/benchmarks/attention_gpu.py [--cases causal grouped]
+    python experiments/benchmarks/attention_gpu.py [--cases causal grouped] [--caches 8 rows]
 
 bf16, forward, and forward + backward with gradients of q, k and v from a cotangent of o. cuDNN is
 `jax.nn.dot_product_attention(implementation="cudnn")`; JAX's kernel is `jax.experimental.pallas.ops.gpu.attention.mha`.
 Milliseconds are of many calls in a row, one synchronisation behind all; TFLOP/s count the pairs that a mask leaves, 4 K per
-pair forward and 10 K backward.
+pair forward and 10 K backward. Decoding is one query per row over a cache; TB/s count keys and values once.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 from measure import where
 
+from jaxmem.pallas_kernels.decode_attention import split_kv_attention, unified_max_attention
 from jaxmem.pallas_kernels.flash_attention import flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place, sees
 
@@ -64,10 +65,25 @@ CASES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Cache:
+    """What one token of each row is decoded over."""
+
+    batch: int
+    tokens: int
+    heads: int = 32
+    kv_heads: int = 8
+    width: int = 128
+
+
+CACHES = {"1 row": Cache(1, 131072), "8 rows": Cache(8, 32768), "64 rows": Cache(64, 8192)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """Which cases, and how often."""
 
     cases: tuple[str, ...] = tuple(CASES)
+    caches: tuple[str, ...] = tuple(CACHES)
     repeats: int = 5
     """Of each measurement, in turns."""
     calls: int = 10
@@ -174,11 +190,43 @@ def compare(name: str, case: Case, o: Options) -> None:
         )
 
 
+def decode(name: str, cache: Cache, o: Options) -> None:
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+    keys = cache.batch, cache.tokens, cache.kv_heads, cache.width
+    q, k, v = draw(cache.batch, 1, cache.heads, cache.width), draw(*keys), draw(*keys)
+    index = jnp.broadcast_to(jnp.arange(cache.tokens), keys[:2])
+    there, here = Place(index, jnp.ones_like(index)), Place(index[:, -1:], jnp.ones_like(index[:, :1]))
+    places = {"q_place": here, "k_place": there}
+    ways = {
+        "unified maximum": lambda q, k, v: unified_max_attention(q, k, v, maximum=4.0, **places)[0].o,
+        "split in 8": lambda q, k, v: split_kv_attention(q, k, v, n_splits=8, **places).o,
+        "flash_attention": lambda q, k, v: flash_attention(q, k, v, **places).o,
+        "cuDNN": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="cudnn"),
+        "XLA": jax.nn.dot_product_attention,
+    }
+    print(f"\n{name}: {cache}")
+    calls, results = {}, {}
+    for way, f in ways.items():
+        try:
+            calls[way] = functools.partial(jax.jit(f).lower(q, k, v).compile(), q, k, v)
+            results[way] = np.asarray(calls[way](), np.float32)
+        except Exception as error:
+            print(f"  {way}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            calls.pop(way, None)
+    want = results["XLA"]
+    for way, ms in milliseconds(calls, o).items():
+        error = np.sqrt(np.mean((results[way] - want) ** 2) / np.mean(want**2))
+        print(f"  {way:16} {ms:8.3f} ms {4 * k.size / ms / 1e9:5.2f} TB/s   error {error:.0e}", flush=True)
+
+
 def main(o: Options) -> None:
     warnings.simplefilter("ignore")
     print(where())
     for name in o.cases:
         compare(name, CASES[name], o)
+    for name in o.caches:
+        decode(name, CACHES[name], o)
 
 
 if __name__ == "__main__":

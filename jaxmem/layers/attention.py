@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.algebra.softmax import combine
+from jaxmem.devices import kind_of_device
 from jaxmem.layers.mixer import Cursor, Tokens, advance, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
@@ -31,7 +32,7 @@ from jaxmem.pallas_kernels.flash_attention import Implementation, flash_attentio
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.sharding import current_rules, einsum, local, param
 from jaxmem.sharding.attention import Scheme, sharded_attention
-from jaxmem.sharding.attention_scheme import Shape, choose_scheme
+from jaxmem.sharding.attention_scheme import Shape, chip_of, choose_scheme
 from jaxmem.sharding.folds import n_shards, sequence_axis, spread, total
 from jaxmem.sharding.layouts import own_tokens
 from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
@@ -266,7 +267,8 @@ def _scheme(
         return config.scheme or Scheme()
     batch, n_tokens, heads, width = q.shape
     shape = Shape(batch, n * n_tokens, heads, k.shape[2], width, width, q.dtype.itemsize)
-    return choose_scheme(shape, n, Mask(window=config.window), layouts=(current_rules().layout,)).scheme
+    chip = chip_of(kind_of_device())
+    return choose_scheme(shape, n, Mask(window=config.window), layouts=(current_rules().layout,), chip=chip).scheme
 
 
 def _write(

@@ -7,6 +7,7 @@ they come from others (`jaxmem.sharding`).
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels import (

@@ -12,15 +12,22 @@ Results are `Partial`, to be merged with attention over other keys; pieces on se
 `jaxmem.sharding.attention.spread_kv_attention`.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxmem.algebra.softmax import Partial, fold
-from jaxmem.pallas_kernels.flash_attention import flash_attention
-from jaxmem.pallas_kernels.masks import Mask, Place, sees
-from jaxmem.typing import Array, Bool, Float, Int, PyTree
+from jaxmem.pallas_kernels import decode_attention_gpu, decode_attention_tpu, decode_sums
+from jaxmem.pallas_kernels.attention_scores import Static
+from jaxmem.pallas_kernels.decode_sums import Sums, finish
+from jaxmem.pallas_kernels.flash_attention import flash_attention, prepare
+from jaxmem.pallas_kernels.masks import Mask, Place
+from jaxmem.typing import Array, Bool, Float, Int
+
+DecodeImplementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+KERNELS = {"pallas_tpu": decode_attention_tpu, "pallas_gpu": decode_attention_gpu}
 
 OVERFLOW = 60.0
 """How far a logit may lie above the unified maximum, in nats: 2^23 terms of exp(60) are below fp32's largest number."""
@@ -127,34 +134,72 @@ def unified_max_attention(
     *,
     q_place: Place,
     k_place: Place,
-    maximum: float,
+    maximum: float | Float[Array, ""],
     scale: float | None = None,
+    block_k: int | None = None,
+    implementation: DecodeImplementation | None = None,
 ) -> tuple[Partial, Bool[Array, ""]]:
     """Attention whose exponentials all are of logit - maximum, so that no piece waits for another's maximum.
 
     Args:
-      maximum: of the logits, as seen on other data.
+      maximum: of the logits, as seen on other data; no gradient.
+      scale: of the logits; None is K^-0.5.
+      block_k: keys per block, a multiple of 128 on a TPU, a power of two on a GPU; None is what suits the device.
+      implementation: "xla" has arrays [B, H, T, S]; "pallas_tpu" and "pallas_gpu" (NVIDIA, by Triton) read what some query
+        sees of the cache once and have little else in memory, for few queries. None picks the best that there is when
+        compiling for a platform. Gradients are those of "xla", whichever is chosen, in reverse and forward mode.
 
     Returns: the result, and whether the maximum served. Where some logit lies more than `OVERFLOW` above it, or all of some
-      row more than `UNDERFLOW` below, `flash_attention` computes everything again.
+      row more than `UNDERFLOW` below, everything is computed again, with the largest logit of each row.
+
+    Raises: ValueError if shapes do not match or the implementation is unknown; NotImplementedError if the one asked for
+      does not take as many queries or such blocks.
     """
-    batch, n_tokens, heads, _ = q.shape
-    scale_ = q.shape[-1] ** -0.5 if scale is None else scale
-    grouped = q.reshape(batch, n_tokens, k.shape[2], -1, q.shape[-1])
-    logits = scale_ * jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=jnp.float32)
-    seen = sees(mask, q_place, k_place)[:, None, None]
-    logits = jnp.where(seen, logits - maximum, -jnp.inf)
-    top = jnp.max(logits, axis=-1)
-    served = jnp.all(top <= OVERFLOW) & jnp.all((top >= -UNDERFLOW) | (top == -jnp.inf))
+    if implementation is not None and implementation not in get_args(DecodeImplementation):
+        raise ValueError(
+            f"unified_max_attention: needs implementation to be one of {', '.join(get_args(DecodeImplementation))}, "
+            f"got implementation={implementation!r}; None picks the best"
+        )
+    q_place, k_place, _, static = prepare(
+        q, k, v, mask, q_place=q_place, k_place=k_place, scale=scale, block_k=block_k, implementation=implementation
+    )
+    sums_below = lambda maximum: unified_sums(q, k, v, q_place, k_place, maximum, static)
+    given = jnp.broadcast_to(jax.lax.stop_gradient(jnp.float32(maximum)), q.shape[:3])
+    found = sums_below(given)
+    top = jax.lax.stop_gradient(found.top)
+    empty = top == -jnp.inf
+    served = jnp.all(empty | ((top - given <= OVERFLOW) & (top - given >= -UNDERFLOW)))
 
-    def unified(_: PyTree) -> Partial:
-        weights = jnp.exp(logits)
-        total = jnp.sum(weights, axis=-1)
-        empty = total == 0
-        o = jnp.einsum("bgrts,bsgv->btgrv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        by_token = lambda x: jnp.einsum("bgrt->btgr", x).reshape(batch, n_tokens, heads)
-        lse = by_token(jnp.where(empty, -jnp.inf, maximum + jnp.log(jnp.where(empty, 1, total))))
-        return Partial(o.reshape(batch, n_tokens, heads, -1) / by_token(jnp.where(empty, 1, total))[..., None], lse)
+    def again(_: Sums) -> Partial:
+        of_row = jnp.where(empty, 0.0, top)
+        return finish(sums_below(of_row), of_row)
 
-    again = lambda _: flash_attention(q, k, v, mask, q_place=q_place, k_place=k_place, scale=scale)
-    return jax.lax.cond(served, unified, again, None), served
+    return jax.lax.cond(served, lambda sums: finish(sums, given), again, found), served
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
+def unified_sums(q, k, v, q_place: Place, k_place: Place, maximum: Float[Array, "B T H"], static: Static) -> Sums:
+    """By the implementation asked for, or the best one on the platform that is compiled for."""
+    arrays = q, k, v, q_place, k_place, maximum
+    xla = functools.partial(decode_sums.sums, static=static)
+    if static.implementation == "xla":
+        return xla(*arrays)
+    lacking = {name: module.why_not(q, k, v, static) for name, module in KERNELS.items()}
+    if static.implementation is not None:
+        if lacking[static.implementation] is not None:
+            needs, got = lacking[static.implementation]
+            raise NotImplementedError(
+                f"unified_max_attention: needs {needs} with {static.implementation!r}, got {got}; use 'xla'"
+            )
+        return KERNELS[static.implementation].sums(*arrays, static)
+    able = {
+        platform: functools.partial(KERNELS[name].sums, static=static)
+        for platform, name in (("tpu", "pallas_tpu"), ("cuda", "pallas_gpu"))
+        if lacking[name] is None
+    }
+    return jax.lax.platform_dependent(*arrays, default=xla, **able) if able else xla(*arrays)
+
+
+@unified_sums.defjvp
+def _(static: Static, primals, tangents):
+    return jax.jvp(functools.partial(decode_sums.sums, static=static), primals, tangents)

@@ -1,9 +1,9 @@
 """Attention by cuDNN, where what it gives can be used rightly: whole rows of one document each, in order, in 16 bits.
 
 cuDNN returns o in the dtype of v, so that its o is a result and no partial one; parts of rows, documents and whatever else it
-lacks are left to the other kernels. Its lse, in fp32 inside JAX, is stopped from having a gradient and cast to 16 bits by JAX's
-public function, and its backward pass takes no cotangent of lse. So this module calls the two passes themselves, and where
-lse has a cotangent leaves the backward pass to the kernels of `flash_attention_gpu`, which need no more than o and lse.
+lacks are left to the other kernels. Its lse is fp32 inside JAX, but the public function casts it to 16 bits and gives it no
+gradient, and cuDNN's backward pass takes no cotangent of lse. So this module calls the two passes themselves, and where lse
+has a cotangent leaves the backward pass to the kernels of `flash_attention_gpu`, which need no more than o and lse.
 """
 
 import jax

@@ -31,53 +31,18 @@ from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.attention_scores import Extras, Static, filled, fp32_result, kept, product, row_delta
 from jaxmem.pallas_kernels.block_spans import Visits, visible, visits
 from jaxmem.pallas_kernels.gpu_launches import Launch, default_launch
+from jaxmem.pallas_kernels.head_pieces import SMALLEST, load, products, store, zeros
 from jaxmem.pallas_kernels.masks import Place
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped, UInt32
 
 LOG2_E = math.log2(math.e)
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Running maximum before any key: finite, so that masked scores of -inf weigh exp2(-inf) = 0."""
-SMALLEST = 16
-"""Of what Triton multiplies: tokens of a block, and width of a piece."""
-LARGEST_FP32 = 32
-"""Width of a piece in fp32, which tensor cores do not multiply exactly: threads do, with their factors in registers."""
-
-
-def _pieces(width: int, dtype) -> list[slice]:
-    """What a head is cut into.
-
-    >>> _pieces(192, jnp.bfloat16)
-    [slice(0, 128, None), slice(128, 192, None)]
-    """
-    found, start = [], 0
-    widest = LARGEST_FP32 if dtype == jnp.float32 else width
-    while start < width:
-        size = min(widest, 1 << (width - start).bit_length() - 1)
-        found.append(slice(start, start + size))
-        start += size
-    return found
-
-
-def _load(ref, *where) -> list[Float[Array, "C K"]]:
-    """The pieces of some heads' tokens."""
-    return [ref[*where, piece] for piece in _pieces(ref.shape[-1], ref.dtype)]
-
-
-def _store(ref, pieces) -> None:
-    start = 0
-    for piece in pieces:
-        ref[:, start : start + piece.shape[1]] = piece
-        start += piece.shape[1]
-
-
-def _products(rows, columns) -> Float[Array, "C D"]:
-    """rows columns^T, of pieces."""
-    return functools.reduce(jnp.add, (product("ik,jk->ij", x, y) for x, y in zip(rows, columns, strict=True)))
 
 
 def _scores(rows, columns, static: Static):
     """(s, factor, slope): logits to the base 2 are factor * s, not masked; slope is that of the soft cap, or None."""
-    s = _products(rows, columns)
+    s = products(rows, columns)
     if static.soft_cap is None:
         return s, static.scale * LOG2_E, None
     bent = jnp.tanh(s * (static.scale / static.soft_cap))
@@ -113,14 +78,14 @@ def _over_blocks(mine: Visits, fold, carry: PyTree, repeats: int = 1) -> PyTree:
 def _forward_kernel(
     mine: Visits, q, q_place: Place, k, v, k_place: Place, seeds, o, lse, *, static: Static
 ):  # fmt: skip
-    size, queries = static.block_k, _load(q, slice(None))
+    size, queries = static.block_k, load(q, slice(None))
     here = lambda: _along(_at(q_place, slice(None)), 0)
 
     def fold(_, j, carry, masked: bool):
         top, total, acc = carry
         tokens = pl.ds(j * size, size)
         there = lambda: _along(_at(k_place, tokens), 1)
-        s, factor, _ = _scores(queries, _load(k, tokens), static)  # [C_q C_k]
+        s, factor, _ = _scores(queries, load(k, tokens), static)  # [C_q C_k]
         if factor <= 0:  # or the largest s would not be the largest logit
             s, factor = s * factor, 1.0
         if masked:
@@ -130,84 +95,77 @@ def _forward_kernel(
         total = fade * total + jnp.sum(p, axis=1)
         if seeds is not None:
             p *= kept(seeds[0], here().index, there().index, static.rate)
-        values = _load(v, tokens)
+        values = load(v, tokens)
         p = p.astype(values[0].dtype)
         acc = [fade[:, None] * x + product("ts,sv->tv", p, y) for x, y in zip(acc, values, strict=True)]
         return new_top, total, acc
 
     row = lambda value: jnp.full((static.block_q,), value, jnp.float32)
-    start = row(LOWEST), row(0), _zeros(static.block_q, v)
+    start = row(LOWEST), row(0), zeros(static.block_q, v)
     top, total, acc = _over_blocks(_at(mine, _block_of_queries(static)), fold, start)
     empty = total == 0
     divisor = jnp.where(empty, 1.0, total)
-    _store(o, [x / divisor[:, None] for x in acc])
+    store(o, [x / divisor[:, None] for x in acc])
     lse[:] = jnp.where(empty, -jnp.inf, (top + jnp.log2(divisor)) / LOG2_E)
 
 
 def _dq_kernel(
     mine: Visits, q, q_place: Place, k, v, k_place: Place, seeds, do, lse, delta, dq, *, static: Static
 ):  # fmt: skip
-    size, queries, cotangents = static.block_k, _load(q, slice(None)), _load(do, slice(None))
+    size, queries, cotangents = static.block_k, load(q, slice(None)), load(do, slice(None))
     here = lambda: _along(_at(q_place, slice(None)), 0)
     row_lse, row_delta = lse[:][:, None], delta[:][:, None]
 
     def fold(_, j, acc, masked: bool):
         tokens = pl.ds(j * size, size)
         there = lambda: _along(_at(k_place, tokens), 1)
-        keys = _load(k, tokens)
+        keys = load(k, tokens)
         s, factor, slope = _scores(queries, keys, static)  # [C_q C_k]
         p = jnp.exp2(factor * s - row_lse)
         if masked:
             p = jnp.where(visible(static.mask, here(), there()), p, 0)
-        dp = _products(cotangents, _load(v, tokens))
+        dp = products(cotangents, load(v, tokens))
         if seeds is not None:
             dp *= kept(seeds[0], here().index, there().index, static.rate)
         ds = _d_scores(p, dp - row_delta, slope).astype(keys[0].dtype)
         return [x + product("ts,sk->tk", ds, y) for x, y in zip(acc, keys, strict=True)]
 
-    found = _over_blocks(_at(mine, _block_of_queries(static)), fold, _zeros(static.block_q, q))
-    _store(dq, [static.scale * x for x in found])
+    found = _over_blocks(_at(mine, _block_of_queries(static)), fold, zeros(static.block_q, q))
+    store(dq, [static.scale * x for x in found])
 
 
 def _dkv_kernel(
     mine: Visits, q, q_place: Place, k, v, k_place: Place, seeds, do, lse, delta, dk, dv, *, static: Static
 ):  # fmt: skip
-    size, keys, values = static.block_q, _load(k, slice(None)), _load(v, slice(None))
+    size, keys, values = static.block_q, load(k, slice(None)), load(v, slice(None))
     here = lambda: _along(_at(k_place, slice(None)), 0)
 
     def fold(r, i, carry, masked: bool):
         dk, dv = carry
         tokens = pl.ds(i * size, size)
         there = lambda: _along(_at(q_place, tokens), 1)
-        queries, cotangents = _load(q, tokens, r), _load(do, tokens, r)
+        queries, cotangents = load(q, tokens, r), load(do, tokens, r)
         s, factor, slope = _scores(keys, queries, static)  # [C_k C_q]
         p = jnp.exp2(factor * s - lse[r, tokens][None])
         if masked:
             p = jnp.where(visible(static.mask, there(), here()), p, 0)
-        dp = _products(values, cotangents)
+        dp = products(values, cotangents)
         keep = 1.0 if seeds is None else kept(seeds[r], there().index, here().index, static.rate)
         weights = (keep * p).astype(cotangents[0].dtype)
         dv = [x + product("st,tv->sv", weights, y) for x, y in zip(dv, cotangents, strict=True)]
         ds = _d_scores(p, keep * dp - delta[r, tokens][None], slope).astype(queries[0].dtype)
         return [x + product("st,tk->sk", ds, y) for x, y in zip(dk, queries, strict=True)], dv
 
-    start = _zeros(static.block_k, k), _zeros(static.block_k, v)
+    start = zeros(static.block_k, k), zeros(static.block_k, v)
     found_k, found_v = _over_blocks(_at(mine, pl.program_id(0)), fold, start, repeats=q.shape[1])
-    _store(dk, [static.scale * x for x in found_k])
-    _store(dv, found_v)
+    store(dk, [static.scale * x for x in found_k])
+    store(dv, found_v)
 
 
 def _d_scores(p, d_p, slope):
     """Of scale * q . k."""
     ds = p * d_p
     return ds if slope is None else ds * slope
-
-
-def _zeros(n_tokens: int, like) -> list[Float[Array, "C K"]]:
-    """Sums of products, in the pieces of a head."""
-    return [
-        jnp.zeros((n_tokens, piece.stop - piece.start), jnp.float32) for piece in _pieces(like.shape[-1], like.dtype)
-    ]
 
 
 def _block_of_queries(static: Static) -> Int[Array, ""]:

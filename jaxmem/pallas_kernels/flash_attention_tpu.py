@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmem.algebra.softmax import Partial
+from jaxmem.devices import kind_of_device
 from jaxmem.pallas_kernels.attention_scores import Extras, Static, filled, fp32_result, kept, row_delta
 from jaxmem.pallas_kernels.block_spans import Span, one_segment, sees_all, spans, visible, visible_in_segment
 from jaxmem.pallas_kernels.masks import Mask, Place
@@ -124,12 +125,6 @@ def _dot(a, b):
 
 def _pieces(size: int, of: int) -> list[slice]:
     return [slice(start, min(start + of, size)) for start in range(0, size, of)]
-
-
-def _kind() -> str | None:
-    """Of device that is compiled for: that of the mesh in force, else the default one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _rows(places: Int[Array, "P C"]) -> Place:
@@ -266,7 +261,7 @@ def forward(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
     of_q = lambda b, h, i, *_: (b, h, 0, i)
     places_of_q = pl.BlockSpec((1, 2, size_q), lambda b, h, i, *_: (b, 0, i))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    pieces = PIECES.get(_kind(), (1024, 512))
+    pieces = PIECES.get(kind_of_device(), (1024, 512))
     oT, lse = pl.pallas_call(
         functools.partial(_forward_kernel, static=x.static, n_q=n_q, n_k=n_k, repeats=heads // groups, pieces=pieces),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -47,6 +47,26 @@ CHIPS = {
 as in Austin et al. 2025, "How to Scale Your Model", part 2."""
 
 
+KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+}
+"""What JAX calls a device begins with the first that fits."""
+
+
+def chip_of(kind: str) -> str:
+    """The name in `CHIPS` of a device kind; "v5p" for one that is not there.
+
+    >>> chip_of("TPU v5 lite"), chip_of("NVIDIA H200 NVL"), chip_of("cpu")
+    ('v5e', 'h200', 'v5p')
+    """
+    return next((chip for start, chip in KINDS.items() if kind.startswith(start)), "v5p")
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """An attention layer over a whole sequence."""

@@ -75,7 +75,8 @@ def _backward(static: Static, ring: Ring, saved, cotangents: Partial):
         d_keys = ring.onward(d_keys)
     if half < q.shape[1]:
         last = pull_back(own, slice(half, None))
-        mine, d_keys, last = jax.lax.optimization_barrier((mine, d_keys, last))  # nothing else is left to hide that exchange
+        # nothing that follows may start before both, or that exchange would be hidden behind something of less certain length
+        mine, d_keys, last = jax.lax.optimization_barrier((mine, d_keys, last))
         mine, d_keys = _add((mine, d_keys), last)
     (dq, d_relative), (dk, dv) = mine, jnp.split(d_keys, [k.shape[-1]], axis=-1)
     return as_cotangents((dq, dk, dv, d_relative), q, k, v, extras)

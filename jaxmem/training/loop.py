@@ -29,7 +29,15 @@ from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.finish import finish
 from jaxmem.training.metrics import MetricsWriter, read_metrics, replace_file
-from jaxmem.training.placement import any_process, gather_states, on_devices, on_mesh, scatter_state, share_of_rows, to_host
+from jaxmem.training.placement import (
+    any_process,
+    gather_states,
+    on_devices,
+    on_mesh,
+    scatter_state,
+    share_of_rows,
+    to_host,
+)
 from jaxmem.training.progress import Progress
 from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step, shifted
 

@@ -80,7 +80,9 @@ def test_errors(monkeypatch, name):
     arrays, options, _ = make(**{"widths": (64, 64), "dtype": jnp.bfloat16, "blocks": (None, None)} | case)
     if name != "places":
         options |= WHOLE_ROWS
-    with pytest.raises(NotImplementedError, match=f"needs an implementation with {text}, got 'cudnn'; use 'pallas_gpu'"):
+    with pytest.raises(
+        NotImplementedError, match=f"needs an implementation with {text}, got 'cudnn'; use 'pallas_gpu'"
+    ):
         flash_attention(**arrays, **options, implementation="cudnn")
 
 

@@ -8,8 +8,10 @@ from attention_cases import OPTIONS, against_the_equation, assert_close, make, n
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels import flash_attention_gpu, flash_attention_xla
+from jaxmem.pallas_kernels.attention_scores import filled
+from jaxmem.pallas_kernels.block_spans import visits
 from jaxmem.pallas_kernels.flash_attention import flash_attention, prepare
-from jaxmem.pallas_kernels.masks import Mask
+from jaxmem.pallas_kernels.masks import Mask, sees
 
 T = 70
 """Whole blocks of 16 and 32, and one that is filled up."""
@@ -53,6 +55,26 @@ def test_kernels_are_the_blocks_of_xla(name):
     arguments = case(**CASES[name])
     got = values_and_gradients(flash_attention_gpu, *arguments, interpret=True)
     assert_close(got, values_and_gradients(flash_attention_xla, *arguments), 5e-6)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window 9", "chunks of 7", "full", "prefix"])
+@pytest.mark.parametrize("rows", ["one document", "packed", "padded"])
+def test_blocks_are_visited_where_something_is_seen_and_not_masked_only_where_all_is(mask, rows):
+    _, options, _ = make(mask=mask, rows=rows, n_tokens=T)
+    q, k = (jax.tree.map(lambda x: filled(x, 8, axis=1), options[side]) for side in ("q_place", "k_place"))
+    seen = np.asarray(sees(options["mask"], q, k)).reshape(2, 9, 8, 9, 8)
+    some, whole = seen.any((2, 4)), seen.all((2, 4))
+    q = q._replace(segment=jnp.where(q.segment == 0, -1, q.segment))
+    blocks = lambda place: jax.tree.map(lambda x: x.reshape(2, 9, 8), place)
+    for found, axes in zip(visits(options["mask"], blocks(q), blocks(k)), ((0, 1, 2), (0, 2, 1)), strict=True):
+        first, start, stop, end = (np.asarray(x)[..., None] for x in found)
+        block = np.arange(9)
+        visited, unmasked = (block >= first) & (block < end), (block >= start) & (block < stop)
+        assert not np.any(some.transpose(axes) & ~visited)
+        assert not np.any(unmasked & ~whole.transpose(axes))
+        assert np.all((first <= start) & (start <= stop) & (stop <= end))
+        if rows == "one document" and mask == "causal":
+            np.testing.assert_array_equal(unmasked, whole.transpose(axes))  # the run is as long as it can be
 
 
 @pytest.mark.slow

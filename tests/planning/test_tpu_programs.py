@@ -11,6 +11,7 @@ import pytest
 from jaxmem.algebra.softmax import Partial
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.models.decoder import DecoderConfig
+from jaxmem.pallas_kernels.decode_attention import unified_max_attention
 from jaxmem.pallas_kernels.flash_attention import Dropout, flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place
 from jaxmem.planning.overlap import exchanges_beside_kernels
@@ -84,6 +85,45 @@ def test_a_million_tokens_need_no_table(generation):
     x = jax.ShapeDtypeStruct((1, 2**20, 1, 128), jnp.bfloat16, sharding=there)
     attend = lambda q, k, v: flash_attention(q, k, v, implementation="pallas_tpu").o
     assert with_gradients(attend, x, x, x).compile().memory_analysis().temp_size_in_bytes < 8 * 2**30
+
+
+DECODING = {  # query heads, kv heads, key and value width, dtype, queries, options
+    "grouped": (32, 8, 128, jnp.bfloat16, 1, {}),
+    "fp32, 4 queries": (16, 2, 128, jnp.float32, 4, {"mask": Mask(window=4096)}),
+    "64": (16, 8, 64, jnp.bfloat16, 1, {"mask": Mask(chunk=8192)}),
+    "one kv head": (8, 1, 128, jnp.bfloat16, 2, {}),
+    "12 kv heads": (24, 12, 128, jnp.bfloat16, 1, {}),
+    "wide": (16, 8, 256, jnp.bfloat16, 1, {"mask": Mask(causal=False)}),
+}
+
+
+def some_decoding(name: str, generation: str):
+    """One kernel for one generation; the others are among the slow proofs."""
+    quick = name == "grouped" and generation == "v5p"
+    return pytest.param(name, generation, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name, generation", [some_decoding(name, generation) for name in DECODING for generation in ONE_HOST]
+)
+def test_decoding_does_not_copy_its_cache(name, generation):
+    heads, groups, width, dtype, n_queries, options = DECODING[name]
+    batch, n_keys = 2, 2**17
+    mesh = make_mesh(MeshConfig(data=1), devices(generation)[:1])
+    with use_mesh(mesh):
+        there = named_sharding(mesh)
+        shape = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=there)
+        place = lambda n: Place(shape(n, dtype=jnp.int32), shape(n, dtype=jnp.int32))
+        q, cache = shape(n_queries, heads, width), shape(n_keys, groups, width)
+
+        def attend(q, k, v, q_place, k_place, maximum):
+            return unified_max_attention(q, k, v, q_place=q_place, k_place=k_place, maximum=maximum, **options)
+
+        maximum = jax.ShapeDtypeStruct((), jnp.float32, sharding=there)
+        program = jax.jit(attend).lower(q, cache, cache, place(n_queries), place(n_keys), maximum).compile()
+    assert "decode_attention" in program.as_text()
+    cache_bytes = 2 * cache.size * jnp.dtype(dtype).itemsize
+    assert program.memory_analysis().temp_size_in_bytes < 0.05 * cache_bytes
 
 
 def ring_of_8(topology):
