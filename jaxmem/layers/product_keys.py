@@ -184,7 +184,7 @@ class ProductKeys(nnx.Module):
         zeros, bound = jax.nn.initializers.zeros, width**-0.5
         self.bias = param(rngs, zeros, (heads, parts, width), ("heads", None, "key")) if config.query_bias else None
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-        self.keys = param(rngs, uniform, (heads, parts, config.n_sub_keys, width), ("heads", None, None, "key"))
+        self.keys = param(rngs, uniform, (heads, parts, config.n_sub_keys, width), ("heads", None, "sub_keys", "key"))
         self.query_norm = _make_norm(config.query_norm, width, rngs)
         self.key_norm = _make_norm(config.key_norm, width, rngs)
 

@@ -22,7 +22,7 @@ MeshAxes = tuple[str, ...]
 
 _EVERYWHERE: Mapping[str, MeshAxes] = {
     **dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("model",)),
-    **dict.fromkeys(("memory", "key", "value", "tap", "rank"), ()),
+    **dict.fromkeys(("memory", "key", "value", "tap", "rank", "slots", "sub_keys"), ()),
 }
 
 

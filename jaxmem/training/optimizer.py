@@ -39,7 +39,7 @@ COPIES = ("memory", "tap")
 """Axes that count independent weights: neither input nor output."""
 HEADS = ("heads", "kv_heads", "key", "value")
 """Axes that are parts of one width."""
-TABLES = ("vocab",)
+TABLES = ("vocab", "slots", "sub_keys")
 """Axes whose entries are looked up, one by one."""
 MUON_RMS = 0.2
 """Root mean square of the entries of Muon's direction, about that of Adam's."""

@@ -1,0 +1,247 @@
+"""Memory layers: every token reads a few of very many learned slots, found by product keys.
+
+    best k slots of each head h:  ids, s = product keys of W_q x          w = softmax(s), relu(s) or sigmoid(s), fp32
+    y = sum_h sum_j w_hj v[ids_hj]                                        values
+    y = sum_h sum_j w_hj act(u[ids_hj] . x) v[ids_hj]                     experts of one neuron each (PEER)
+    out = y,  or W_o (y * silu(W_g x + b_g)) + b_o ("swilu"),  and sigmoid(w . x) times that (gated)
+
+A token reads by itself: no other token changes its output, so the layer needs no state, and stands where a feed-forward does.
+All heads read one table [M V]. The table belongs to the layer, or is a `MemoryTable` that the caller passes in each call and
+may pass to several layers; two models never share one unless they are given it.
+
+Cost per token: that of the product keys, 2 H k V FLOPs of the values (and 2 H k D of the experts' inputs), H k rows of V
+numbers read. Parameters: M V (and M D), of which a token reads H k rows. Under a mesh each device reads for its own tokens
+and heads from a whole table; what is stored of it is split like other parameters along its width.
+
+Reference: Lample et al. 2019, arXiv 1907.05242 (`pkm`); Berges et al. 2024, Memory Layers at Scale, arXiv 2412.09764
+(`memory_plus`); He 2024, Mixture of A Million Experts, arXiv 2407.04153 (`peer`); relu instead of softmax: Csordas et al.
+2023, arXiv 2310.10837.
+Where this differs from published code: the shared pool of Memory Layers at Scale is an attribute of a class there, so that two
+models of one process share it unasked, here it is an argument; that code has none of the paper's normalisation of queries and
+keys, here it is an option; PEER-pytorch keeps one expert per head whatever it is asked for when scores do not compete
+(its default), here top_k is kept; product-key-memory forgets the weights when it concatenates heads, here heads are summed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmem.layers.product_keys import ProductKeys, ProductKeysConfig, product_top_k
+from jaxmem.pallas_kernels.memory_lookup import bag, dots
+from jaxmem.sharding import constrain, einsum, local, param, sum_over
+from jaxmem.sharding.folds import spread_like
+from jaxmem.typing import Array, Float, Int
+
+Score = Literal["softmax", "relu", "sigmoid"]
+Activation = Literal["gelu", "relu", "silu"]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """A memory layer; `pkm`, `memory_plus` and `peer` are published ones."""
+
+    keys: ProductKeysConfig = ProductKeysConfig()
+    score: Score = "softmax"
+    """What makes weights of scores: softmax over the k slots of a head, or each score by itself."""
+    expert: Activation | None = None
+    """Slots are neurons with this activation, and have an input vector too; None: slots are values."""
+    value_dim: int | None = None
+    """V: width of a value; None is d_model, which a plain output needs."""
+    output: Literal["plain", "swilu"] = "plain"
+    gated: bool = False
+    """Multiply the output by sigmoid(w . x), one number per token."""
+    shared_table: bool = False
+    """The table is an argument of the call instead of a part of the layer."""
+    placement: Literal["replace", "beside"] = "replace"
+    """In a decoder's block: instead of the feed-forward, or added to it."""
+
+    def __post_init__(self):
+        known = {"score": Score, "expert": Activation, "output": Literal["plain", "swilu"]}
+        for name, kind in (known | {"placement": Literal["replace", "beside"]}).items():
+            value = getattr(self, name)
+            if value not in get_args(kind) and not (name == "expert" and value is None):
+                raise ValueError(
+                    f"memory: needs {name} to be one of {', '.join(get_args(kind))}, got {name}={value!r}; change it"
+                )
+
+    def width(self, d_model: int) -> int:
+        """V in a model of width d_model."""
+        width = d_model if self.value_dim is None else self.value_dim
+        if width < 1 or (self.output == "plain" and width != d_model):
+            raise ValueError(
+                f"memory: needs value_dim=d_model for a plain output, and at least 1, got value_dim={width}, "
+                f"d_model={d_model}; leave value_dim out or use output='swilu'"
+            )
+        return width
+
+    def row_numbers(self, d_model: int) -> int:
+        """Numbers in a slot's row: the value, and an expert's input vector."""
+        return self.width(d_model) + (0 if self.expert is None else d_model)
+
+    def lookup_flops(self, d_model: int) -> int:
+        """Forward FLOPs per token that are not 2 x parameters: those of the rows that are read.
+
+        >>> MemoryConfig(ProductKeysConfig(n_slots=16, n_heads=2, top_k=3)).lookup_flops(8)
+        96
+        """
+        return 2 * self.keys.n_reads * self.row_numbers(d_model)
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Memory":
+        return Memory(self, d_model, rngs=rngs)
+
+    def make_table(self, d_model: int, *, rngs: nnx.Rngs) -> "MemoryTable":
+        """A table that fits this layer, to be shared."""
+        d_input = None if self.expert is None else d_model
+        return MemoryTable(self.keys.n_slots, self.width(d_model), d_input, rngs=rngs)
+
+
+def pkm(n_slots: int = 512**2) -> MemoryConfig:
+    """The product-key memory of XLM; the paper normalises queries over the batch, which looks ahead, here each by itself."""
+    return MemoryConfig(ProductKeysConfig(n_slots, query_norm="layer"))
+
+
+def memory_plus(n_slots: int = 1024**2) -> MemoryConfig:
+    """Memory+ of Memory Layers at Scale as released: swilu output and one pool for all memory layers of a model.
+
+    The paper's smaller models normalise queries and keys too: query_norm and key_norm of `ProductKeysConfig`.
+    """
+    return MemoryConfig(ProductKeysConfig(n_slots, key_dim=512), output="swilu", shared_table=True)
+
+
+def peer(n_experts: int = 1024**2) -> MemoryConfig:
+    """PEER: a million experts of one neuron, 8 heads of 16; LayerNorm of queries instead of the paper's over the batch."""
+    keys = ProductKeysConfig(n_experts, n_heads=8, top_k=16, query_norm="layer", query_bias=False)
+    return MemoryConfig(keys, expert="gelu")
+
+
+_TABLE = ("slots", "embed")
+_X = ("batch", "time", "embed")
+_SCORES = ("batch", "time", "heads", None, None)
+CHOICES = ("batch", "time", "heads", None)
+
+
+class MemoryTable(nnx.Module):
+    """The rows of a memory: one value per slot, and for experts one input vector.
+
+    >>> MemoryTable(16, 8, rngs=nnx.Rngs(0)).values.shape
+    (16, 8)
+    """
+
+    def __init__(self, n_slots: int, width: int, d_input: int | None = None, *, rngs: nnx.Rngs):
+        """Entries of values have variance 1 / V, as in XLM, and those of inputs 1 / D.
+
+        Args:
+          n_slots: rows M.
+          width: V, of a value.
+          d_input: D, of an expert's input vector; None: there are none.
+          rngs: `params` draws the table.
+        """
+        normal = lambda width: jax.nn.initializers.normal(width**-0.5)
+        self.values = param(rngs, normal(width), (n_slots, width), _TABLE)
+        self.inputs = None if d_input is None else param(rngs, normal(d_input), (n_slots, d_input), _TABLE)
+
+
+class Memory(nnx.Module):
+    """The layer of the module docstring, in the dtype of x.
+
+    >>> config = MemoryConfig(ProductKeysConfig(n_slots=16, n_heads=2, top_k=3, key_dim=8), shared_table=True)
+    >>> layer, table = config.make(8, rngs=nnx.Rngs(0)), config.make_table(8, rngs=nnx.Rngs(1))
+    >>> layer(jnp.ones((1, 5, 8)), table).shape
+    (1, 5, 8)
+    """
+
+    def __init__(self, config: MemoryConfig, d_model: int, *, rngs: nnx.Rngs):
+        self.config, self.d_model = config, d_model
+        width = config.width(d_model)
+        self.keys = ProductKeys(config.keys, d_model, rngs=rngs)
+        init, zeros = jax.nn.initializers.lecun_normal(), jax.nn.initializers.zeros
+        swilu = config.output == "swilu"
+        self.gate = param(rngs, init, (d_model, width), ("embed", "value")) if swilu else None
+        self.gate_bias = param(rngs, zeros, (width,), ("value",)) if swilu else None
+        self.out = param(rngs, init, (width, d_model), ("value", "embed")) if swilu else None
+        self.out_bias = param(rngs, zeros, (d_model,), ("embed",)) if swilu else None
+        normal = jax.nn.initializers.normal(d_model**-0.5)
+        self.token_gate = param(rngs, normal, (d_model,), ("embed",)) if config.gated else None
+        self.table = None if config.shared_table else config.make_table(d_model, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], table: MemoryTable | None = None) -> Float[Array, "B T D"]:
+        """What the tokens read.
+
+        Args:
+          x: tokens, each for itself.
+          table: with `shared_table` the slots to read, else None.
+
+        Raises: ValueError for a table that is missing, not asked for, or of other shapes.
+        """
+        table = self._table(table)
+        y = self._read(x, table).astype(x.dtype)
+        if self.config.output == "swilu":
+            wide = ("batch", "time", "value")
+            gate = einsum("btd,dv->btv", x, self.gate[...], wide) + self.gate_bias[...].astype(x.dtype)
+            y = einsum("btv,vd->btd", y * jax.nn.silu(gate), self.out[...], _X)
+            y = y + constrain(self.out_bias[...], "embed").astype(x.dtype)
+        if self.token_gate is not None:
+            gate = einsum("btd,d->bt", x.astype(jnp.float32), self.token_gate[...], ("batch", "time"))
+            y = y * jax.nn.sigmoid(gate)[..., None].astype(x.dtype)
+        return y
+
+    def choose(self, x: Float[Array, "B T D"]) -> tuple[Int[Array, "B T H k"], Float[Array, "B T H k"]]:
+        """The slots that tokens read, best first, and their fp32 weights; for `jaxmem.layers.memory_usage`."""
+        return local(self._choose, in_axes=(_SCORES,), out_axes=(CHOICES, CHOICES))(self.keys(x))
+
+    def _choose(self, scores: Float[Array, "B T H parts subkeys"]) -> tuple[Array, Array]:
+        best = product_top_k(scores, self.config.keys.top_k)
+        return best.ids, weights_of(best.scores, self.config.score)
+
+    def _read(self, x: Float[Array, "B T D"], table: MemoryTable) -> Float[Array, "B T V"]:
+        """In fp32."""
+        arrays = [table.values] if table.inputs is None else [table.values, table.inputs]
+        arrays = [constrain(array[...], *_TABLE) for array in arrays]
+
+        def read(scores, x, *tables):
+            x, values, *inputs = spread_like((x, *tables), scores)  # so that their gradients are exchanged once
+            ids, weights = (a.reshape(*a.shape[:2], -1) for a in self._choose(scores))  # [B T Hk]
+            if inputs:
+                hidden = dots(inputs[0], ids, x.astype(jnp.float32))
+                weights = weights * ACTIVATIONS[self.config.expert](hidden)
+            return sum_over(bag(values, ids, weights), "heads")
+
+        placed = local(read, in_axes=(_SCORES, _X, *[_TABLE] * len(arrays)), out_axes=_X)
+        return placed(self.keys(x), x, *arrays)
+
+    def _table(self, table: MemoryTable | None) -> MemoryTable:
+        if (table is not None) != self.config.shared_table:
+            raise ValueError(
+                "memory: needs a table in the call if and only if shared_table=True, "
+                f"got {'none' if table is None else 'one'} with shared_table={self.config.shared_table}; "
+                "make one with config.make_table, or change shared_table"
+            )
+        if table is None:
+            return self.table
+        d_input = None if self.config.expert is None else self.d_model
+        want = self.config.keys.n_slots, self.config.width(self.d_model), d_input
+        got = *table.values.shape, None if table.inputs is None else table.inputs.shape[1]
+        if got != want:
+            raise ValueError(
+                f"memory: needs a table with (n_slots, value_dim, d_input)={want}, got {got}; make it with config.make_table"
+            )
+        return table
+
+
+def weights_of(scores: Float[Array, "*batch k"], kind: Score) -> Float[Array, "*batch k"]:
+    """Weights of the slots of each head, in fp32.
+
+    >>> weights_of(jnp.array([1.0, 1.0, -jnp.inf]), "softmax").tolist(), weights_of(jnp.array([2.0, -1.0]), "relu").tolist()
+    ([0.5, 0.5, 0.0], [2.0, 0.0])
+    """
+    scores = scores.astype(jnp.float32)
+    return {"softmax": jax.nn.softmax, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}[kind](scores)

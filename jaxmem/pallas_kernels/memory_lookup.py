@@ -1,0 +1,218 @@
+"""Reading a few rows of a large table, and the gradients of that: three operations, each made of the others' transposes.
+
+    bag(v, ids, w)      y_t = sum_j w_tj v[ids_tj]            [T V]
+    dots(v, ids, y)     d_tj = <y_t, v[ids_tj]>               [T k]      the gradient of w
+    sum_rows(ids, w, y) s_m = sum_{t, j: ids_tj = m} w_tj y_t [M V]      the gradient of v
+
+All products are summed in fp32, and each is the gradient of the other two, so that every order of derivative exists in reverse
+mode. A gradient of a table is cast once to its dtype: a slot of bf16 that is read 4,096 times gets 4,096 times its gradient,
+where the gradient of JAX's own gather stops at 256. Rows are summed in the order of their ids and then of the tokens.
+
+An id outside 0 .. M - 1 reads nothing: it counts as a row of zeros, and gets no gradient. Outside jit it is an error.
+
+`xla` works in chunks of tokens: no array [T, k, V] exists. Cost: 2 T k V FLOPs and T k rows read, for each of the three.
+Reference: Lample et al. 2019, arXiv 1907.05242, section 3.1; Berges et al. 2024, arXiv 2412.09764, section 3.2.
+"""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmem.typing import Array, Float, Int, PyTree
+
+Implementation = Literal["reference", "xla"]
+CHUNK_NUMBERS = 2**18
+"""Of gathered rows at once: 1 MiB in fp32, which stays in a core's cache."""
+
+
+def bag(
+    values: Float[Array, "M V"],
+    ids: Int[Array, "*batch k"],
+    weights: Float[Array, "*batch k"],
+    *,
+    implementation: Implementation = "xla",
+) -> Float[Array, "*batch V"]:
+    """The weighted sum of rows, y_t = sum_j w_tj values[ids_tj], in fp32.
+
+    Args:
+      values: a table, in any float dtype.
+      ids: rows to read; an id that is no row's reads nothing.
+      weights: of each.
+      implementation: "reference" is the equation, with an array [*batch, k, V]; "xla" works in chunks.
+
+    Raises: ValueError if ids and weights have not one shape, outside jit for an id that is no row's, or for an unknown
+      implementation.
+
+    >>> bag(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[0, 1, 1]]), jnp.array([[0.5, 2.0, 3.0]])).tolist()
+    [[0.5, 5.0]]
+    """
+    _check("bag", values, ids, weights.shape, implementation)
+    return _bag(values, ids, weights, implementation)
+
+
+def dots(
+    values: Float[Array, "M V"],
+    ids: Int[Array, "*batch k"],
+    y: Float[Array, "*batch V"],
+    *,
+    implementation: Implementation = "xla",
+) -> Float[Array, "*batch k"]:
+    """The products with rows, d_tj = <y_t, values[ids_tj]>, in fp32: the gradient of `bag` in its weights.
+
+    Arguments and errors as of `bag`.
+
+    >>> dots(jnp.array([[1.0, 0.0], [2.0, 3.0]]), jnp.array([[1, 0]]), jnp.array([[10.0, 1.0]])).tolist()
+    [[23.0, 10.0]]
+    """
+    _check("dots", values, ids, (*y.shape[:-1], ids.shape[-1]), implementation)
+    return _dots(values, ids, y, implementation)
+
+
+def sum_rows(
+    ids: Int[Array, "*batch k"],
+    weights: Float[Array, "*batch k"],
+    y: Float[Array, "*batch V"],
+    n_rows: int,
+    *,
+    implementation: Implementation = "xla",
+) -> Float[Array, "M V"]:
+    """Weighted sums into rows, s_m = sum of w_tj y_t over ids_tj = m, in fp32: the gradient of `bag` in its values.
+
+    >>> sum_rows(jnp.array([[1, 1], [1, 5]]), jnp.ones((2, 2)), jnp.array([[1.0], [10.0]]), 2).tolist()
+    [[0.0], [12.0]]
+    """
+    if implementation not in get_args(Implementation):
+        _unknown("sum_rows", implementation)
+    return _sum_rows(ids, weights, y, n_rows, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _bag(values, ids, weights, implementation):
+    if implementation == "reference":
+        return jnp.einsum("...k,...kv->...v", _fp32(weights), _rows(values, ids), precision="highest")
+
+    def chunk(tokens):
+        ids, weights = tokens
+        return jnp.einsum("ck,ckv->cv", weights, _rows(values, ids), precision="highest")
+
+    return _in_chunks(chunk, (ids, _fp32(weights)), ids, values.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dots(values, ids, y, implementation):
+    if implementation == "reference":
+        return jnp.einsum("...v,...kv->...k", _fp32(y), _rows(values, ids), precision="highest")
+
+    def chunk(tokens):
+        ids, y = tokens
+        return jnp.einsum("cv,ckv->ck", y, _rows(values, ids), precision="highest")
+
+    return _in_chunks(chunk, (ids, _fp32(y)), ids, values.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _sum_rows(ids, weights, y, n_rows, implementation):
+    n_tokens, k, width = math.prod(ids.shape[:-1]), ids.shape[-1], y.shape[-1]
+    rows, weights, y = _known(ids, n_rows).reshape(-1), _fp32(weights).reshape(-1), _fp32(y).reshape(n_tokens, width)
+    nothing = jnp.full_like(y, 0, shape=(n_rows, width))
+    if implementation == "reference":
+        return nothing.at[rows].add(weights[:, None] * jnp.repeat(y, k, axis=0), mode="drop")
+    if not rows.size:
+        return nothing
+    order = jnp.argsort(rows, stable=True)
+    size = min(rows.size, max(1, CHUNK_NUMBERS // max(width, 1)))
+    chunks = _split((order, rows[order]), size, n_rows)
+
+    def add(sums, chunk):
+        order, rows = chunk
+        products = weights[order][:, None] * y[order // k]
+        return sums.at[rows].add(products, mode="drop", indices_are_sorted=True), None
+
+    return jax.lax.scan(add, nothing, chunks)[0]
+
+
+def _bag_backward(implementation, saved, dy):
+    values, ids, weights = saved
+    d_values = _sum_rows(ids, weights, dy, values.shape[0], implementation)
+    return d_values.astype(values.dtype), None, _dots(values, ids, dy, implementation).astype(weights.dtype)
+
+
+def _dots_backward(implementation, saved, dd):
+    values, ids, y = saved
+    d_values = _sum_rows(ids, dd, y, values.shape[0], implementation)
+    return d_values.astype(values.dtype), None, _bag(values, ids, dd, implementation).astype(y.dtype)
+
+
+def _sum_rows_backward(n_rows, implementation, saved, ds):
+    ids, weights, y = saved
+    d_weights, dy = _dots(ds, ids, y, implementation), _bag(ds, ids, weights, implementation)
+    return None, d_weights.astype(weights.dtype), dy.astype(y.dtype)
+
+
+_bag.defvjp(lambda *a: (_bag(*a), a[:3]), _bag_backward)
+_dots.defvjp(lambda *a: (_dots(*a), a[:3]), _dots_backward)
+_sum_rows.defvjp(lambda *a: (_sum_rows(*a), a[:3]), _sum_rows_backward)
+
+
+def _fp32(x: Array) -> Float[Array, "..."]:
+    return x.astype(jnp.float32)
+
+
+def _known(ids: Int[Array, "..."], n_rows: int) -> Int[Array, "..."]:
+    """n_rows, one past the last, for ids that are no row's: negative ones would count from the end."""
+    return jnp.where((ids < 0) | (ids >= n_rows), n_rows, ids)
+
+
+def _rows(values: Float[Array, "M V"], ids: Int[Array, "*batch k"]) -> Float[Array, "*batch k V"]:
+    return _fp32(values.at[_known(ids, values.shape[0])].get(mode="fill", fill_value=0))
+
+
+def _in_chunks(f, tokens: PyTree, ids: Int[Array, "*batch k"], width: int) -> Float[Array, "*batch n"]:
+    """f of chunks of tokens side by side, whose gathered rows are about `CHUNK_NUMBERS` numbers."""
+    batch, k = ids.shape[:-1], ids.shape[-1]
+    n_tokens = math.prod(batch)
+    flat = jax.tree.map(lambda x: x.reshape(n_tokens, x.shape[-1]), tokens)
+    if n_tokens * k == 0:
+        found = f(flat)
+    else:
+        size = min(n_tokens, max(1, CHUNK_NUMBERS // max(k * width, 1)))
+        found = jax.lax.map(f, _split(flat, size, 0))
+        found = found.reshape(-1, found.shape[-1])[:n_tokens]
+    return found.reshape(*batch, found.shape[-1])
+
+
+def _split(arrays: PyTree, size: int, filling: int) -> PyTree:
+    """[T ...] -> [N size ...], filled up at the end."""
+
+    def split(x):
+        padding = [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding, constant_values=filling).reshape(-1, size, *x.shape[1:])
+
+    return jax.tree.map(split, arrays)
+
+
+def _check(what: str, values, ids, shape: tuple[int, ...], implementation) -> None:
+    if implementation not in get_args(Implementation):
+        _unknown(what, implementation)
+    if ids.shape != shape:
+        raise ValueError(
+            f"{what}: needs as many ids as weights for the same tokens, got ids={ids.shape} for {shape}; change one of them"
+        )
+    if isinstance(ids, jax.core.Tracer) or not ids.size:
+        return
+    numbers, n_rows = np.asarray(ids), values.shape[0]  # in NumPy, which sees them while jit is tracing too
+    low, high = numbers.min(), numbers.max()
+    if low < 0 or high >= n_rows:
+        raise ValueError(
+            f"{what}: needs ids in 0..{n_rows - 1}, the rows of the table, got {low}..{high}; under jit such ids read nothing"
+        )
+
+
+def _unknown(what: str, implementation) -> None:
+    raise ValueError(
+        f"{what}: needs implementation to be one of {', '.join(get_args(Implementation))}, got {implementation!r}; change it"
+    )
