@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmem.sharding import constrain, local, mesh_axes, param, stored_like
@@ -53,7 +54,8 @@ class Embedding(nnx.Module):
         known and cannot raise: those inside the table's padding give its unused rows, those outside give zeros.
         """
         if not isinstance(ids, jax.core.Tracer) and ids.size:
-            low, high = int(ids.min()), int(ids.max())
+            numbers = np.asarray(ids)  # in NumPy, which sees them while jit is tracing too
+            low, high = int(numbers.min()), int(numbers.max())
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(
                     f"embedding: needs token ids in 0..{self.vocab_size - 1}, got ids={low}..{high}; "

@@ -16,9 +16,9 @@ and heads from a whole table; what is stored of it is split like other parameter
 Reference: Lample et al. 2019, arXiv 1907.05242 (`pkm`); Berges et al. 2024, Memory Layers at Scale, arXiv 2412.09764
 (`memory_plus`); He 2024, Mixture of A Million Experts, arXiv 2407.04153 (`peer`); relu instead of softmax: Csordas et al.
 2023, arXiv 2310.10837.
-Where this differs from published code: the shared pool of Memory Layers at Scale is an attribute of a class there, so that two
-models of one process share it unasked, here it is an argument; that code has none of the paper's normalisation of queries and
-keys, here it is an option; PEER-pytorch keeps one expert per head whatever it is asked for when scores do not compete
+Where this differs from published code: the shared pool of Memory Layers at Scale is an attribute of a class there, so that
+two models of one process share it unasked, here it is an argument; that code has none of the paper's normalisation of queries
+and keys, here it is an option; PEER-pytorch keeps one expert per head whatever it is asked for when scores do not compete
 (its default), here top_k is kept; product-key-memory forgets the weights when it concatenates heads, here heads are summed.
 """
 

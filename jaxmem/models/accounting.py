@@ -46,8 +46,10 @@ def account(config: DecoderConfig, context_tokens: int) -> Cost:
         states[_name(mixer)] += _n_bytes(mixer_state)
 
     head = config.vocab_size * config.d_model
-    weights = sum(n for part, n in parameters.items() if part not in ("embedding", "output head")) + head
+    looked_up = ("embedding", "output head", "memory tables")  # a token multiplies few of their rows, or none
+    weights = sum(n for part, n in parameters.items() if part not in looked_up) + head
     mixing = sum(mixer.mixing_flops(config.d_model, context_tokens) for mixer in config.pattern)
+    mixing += sum(memory.lookup_flops(config.d_model) for memory in config.memories if memory is not None)
     return Cost(dict(parameters), dict(states), 2 * weights + config.repeats * mixing)
 
 
@@ -62,11 +64,13 @@ def _n_bytes(tree: PyTree) -> int:
 
 def _part(path, config: DecoderConfig) -> str:
     keys = [str(getattr(key, "key", key)) for key in path]
+    if "table" in keys[:-1] and keys[0] != "embedding":
+        return "memory tables"
     if keys[0] != "blocks":
         return {"embedding": "embedding", "output": "output head"}.get(keys[0], "norms")
     if keys[2] == "mixer":
         return _name(config.pattern[int(keys[1])])
-    return "feed-forward" if keys[2] == "ffn" else "norms"
+    return {"ffn": "feed-forward", "memory": "memory keys and outputs"}.get(keys[2], "norms")
 
 
 def _name(mixer) -> str:

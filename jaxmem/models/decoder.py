@@ -1,10 +1,12 @@
-"""A decoder from a pattern of blocks: x + mixer(norm(x)), then x + swiglu(norm(x)), the pattern repeated in depth.
+"""A decoder from a pattern of blocks: x + mixer(norm(x)), then x + swiglu(norm(x)), the pattern repeated in depth. A memory
+layer may stand in the place of a feed-forward, or beside it.
 
 `pattern` holds the mixers of one repeat, so a hybrid is one line: `pattern=3 * (memories,) + (attention,)`. The repeats are
 stacked and scanned: a program's size grows with the pattern, not with the depth.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,6 +15,7 @@ from flax import nnx
 
 from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
+from jaxmem.layers.memory import MemoryConfig, MemoryTable
 from jaxmem.layers.mixer import Mixer, MixerConfig, advance, init_cursor
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.sharding import constrain, current_rules, einsum, param
@@ -35,6 +38,9 @@ class DecoderConfig:
     repeats: int = 1
     """How often the pattern stands; layers = repeats x len(pattern)."""
     vocab_size: int = 256
+    memories: tuple[Any, ...] = ()
+    """Memory layers of one repeat: one `MemoryConfig` or None per mixer of the pattern; empty: none. Those with a shared
+    table read one table, the decoder's, in all layers."""
     tie_embeddings: bool = True
     """Use the embedding table as output head."""
     norm_eps: float = 1e-6
@@ -55,6 +61,17 @@ class DecoderConfig:
                 "DecoderConfig: needs a pattern of one or more mixer configs, "
                 f"got pattern={self.pattern!r}; write e.g. 3 * (MixtureOfMemoriesConfig(),) + (AttentionConfig(n_heads=4),)"
             )
+        if len(self.memories) not in (0, len(self.pattern)):
+            raise ValueError(
+                f"DecoderConfig: needs one entry of memories per mixer of the pattern, got {len(self.memories)} for "
+                f"{len(self.pattern)}; write None where there is no memory"
+            )
+        sizes = {(m.keys.n_slots, m.width(self.d_model), m.expert is not None) for m in self.shared_memories}
+        if len(sizes) > 1:
+            raise ValueError(
+                "DecoderConfig: needs memories with a shared table to have the same slots, value_dim and kind, "
+                f"got {sorted(sizes)}; make them alike or give them tables of their own"
+            )
         for name, known in (("remat", get_args(Remat)), ("dtype", get_args(Dtype))):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -66,23 +83,38 @@ class DecoderConfig:
     def n_layers(self) -> int:
         return self.repeats * len(self.pattern)
 
+    @property
+    def shared_memories(self) -> tuple[Any, ...]:
+        """Of one repeat, those that read the decoder's table."""
+        return tuple(memory for memory in self.memories if memory is not None and memory.shared_table)
+
     def make(self, *, rngs: nnx.Rngs) -> "Decoder":
         return Decoder(self, rngs=rngs)
 
 
 class Block(nnx.Module):
-    """One layer: a mixer and a feed-forward, each behind a norm and beside a residual."""
+    """One layer: a mixer and a feed-forward (or memory, or both), each behind a norm and beside a residual."""
 
-    def __init__(self, mixer: MixerConfig, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, mixer: MixerConfig, memory: MemoryConfig | None, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
         self.mixer: Mixer = mixer.make(config.d_model, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
-        self.ffn = SwiGLU(config.d_model, config.d_ffn, rngs=rngs, block_tokens=config.ffn_block_tokens)
+        self.memory = None if memory is None else memory.make(config.d_model, rngs=rngs)
+        alone = memory is not None and memory.placement == "replace"
+        swiglu = functools.partial(SwiGLU, config.d_model, config.d_ffn, block_tokens=config.ffn_block_tokens)
+        self.ffn = None if alone else swiglu(rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], state: PyTree, segment_ids, positions) -> tuple[Array, PyTree]:
+    def __call__(
+        self, x: Float[Array, "B T D"], state: PyTree, segment_ids, positions, table: MemoryTable | None
+    ) -> tuple[Array, PyTree]:
         mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
         x = x + mixed
-        return x + self.ffn(self.ffn_norm(x)), state
+        h = self.ffn_norm(x)
+        if self.ffn is not None:
+            x = x + self.ffn(h)
+        if self.memory is not None:
+            x = x + self.memory(h, table if self.memory.config.shared_table else None)
+        return x, state
 
 
 class Decoder(nnx.Module):
@@ -94,7 +126,11 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs)
-        self.blocks = nnx.List([stack_layers(config.repeats, rngs, _block(m, config)) for m in config.pattern])
+        memories = config.memories or (None,) * len(config.pattern)
+        blocks = (_block(*layer, config) for layer in zip(config.pattern, memories, strict=True))
+        self.blocks = nnx.List([stack_layers(config.repeats, rngs, block) for block in blocks])
+        shared = config.shared_memories
+        self.table = shared[0].make_table(config.d_model, rngs=rngs) if shared else None
         self.norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
         if not config.tie_embeddings:
             rows = -(-config.vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE
@@ -133,7 +169,7 @@ class Decoder(nnx.Module):
         def repeat(x: Array, blocks_and_states: PyTree) -> tuple[Array, PyTree]:
             after = []
             for block, before in zip(*blocks_and_states, strict=True):
-                x, new = block(x, before, segment_ids, positions)
+                x, new = block(x, before, segment_ids, positions, self.table)
                 after.append(new)
             return x, tuple(after)
 
@@ -151,8 +187,8 @@ def stack_layers(n: int, rngs: nnx.Rngs, make) -> nnx.Module:
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), n))
 
 
-def _block(mixer: MixerConfig, config: DecoderConfig):
-    return lambda rngs: Block(mixer, config, rngs=rngs)
+def _block(mixer: MixerConfig, memory: MemoryConfig | None, config: DecoderConfig):
+    return lambda rngs: Block(mixer, memory, config, rngs=rngs)
 
 
 def _remat(function, policy: Remat):

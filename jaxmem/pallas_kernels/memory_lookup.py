@@ -4,8 +4,8 @@
     dots(v, ids, y)     d_tj = <y_t, v[ids_tj]>               [T k]      the gradient of w
     sum_rows(ids, w, y) s_m = sum_{t, j: ids_tj = m} w_tj y_t [M V]      the gradient of v
 
-All products are summed in fp32, and each is the gradient of the other two, so that every order of derivative exists in reverse
-mode. A gradient of a table is cast once to its dtype: a slot of bf16 that is read 4,096 times gets 4,096 times its gradient,
+All products are summed in fp32, and each is the gradient of the other two: every order of derivative exists, in reverse mode.
+A gradient of a table is cast once to its dtype: a slot of bf16 that is read 4,096 times gets 4,096 times its gradient,
 where the gradient of JAX's own gather stops at 256. Rows are summed in the order of their ids and then of the tokens.
 
 An id outside 0 .. M - 1 reads nothing: it counts as a row of zeros, and gets no gradient. Outside jit it is an error.

@@ -139,7 +139,9 @@ def test_no_array_of_all_rows_that_are_read():
 
 def test_errors():
     values, ids, weights, y = draw(7)
-    with pytest.raises(ValueError, match=r"bag: needs ids in 0..12, the rows of the table, got 0..13; under jit such ids"):
+    with pytest.raises(
+        ValueError, match=r"bag: needs ids in 0..12, the rows of the table, got 0..13; under jit such ids"
+    ):
         bag(values, ids.at[0, 0].set(M).at[1, 1].set(0), weights)
     with pytest.raises(ValueError, match=r"bag: needs as many ids as weights .*, got ids=\(7, 5\) for \(7, 4\)"):
         bag(values, ids, weights[:, :4])
