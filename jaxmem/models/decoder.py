@@ -66,6 +66,11 @@ class DecoderConfig:
                 f"DecoderConfig: needs one entry of memories per mixer of the pattern, got {len(self.memories)} for "
                 f"{len(self.pattern)}; write None where there is no memory"
             )
+        if not all(memory is None or hasattr(memory, "make_table") for memory in self.memories):
+            raise ValueError(
+                f"DecoderConfig: needs memories that are a MemoryConfig or None, got memories={self.memories!r}; "
+                "write e.g. (None, memory_plus())"
+            )
         sizes = {(m.keys.n_slots, m.width(self.d_model), m.expert is not None) for m in self.shared_memories}
         if len(sizes) > 1:
             raise ValueError(

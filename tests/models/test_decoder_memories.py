@@ -93,6 +93,10 @@ def test_errors():
         ValueError, match="needs one entry of memories per mixer of the pattern, got 1 for 2; write None"
     ):
         config(OWN)
+    with pytest.raises(
+        ValueError, match=r"needs memories that are a MemoryConfig or None, got memories=\('pkm', None\)"
+    ):
+        config("pkm", None)
     smaller = dataclasses.replace(SHARED, value_dim=8)
     with pytest.raises(
         ValueError, match="needs memories with a shared table to have the same slots, value_dim and kind"
