@@ -114,7 +114,7 @@ def _dq_kernel(
 ):  # fmt: skip
     size, queries, cotangents = static.block_k, load(q, slice(None)), load(do, slice(None))
     here = lambda: _along(_at(q_place, slice(None)), 0)
-    row_lse, row_delta = lse[:][:, None], delta[:][:, None]
+    row_lse, row_deltas = lse[:][:, None], delta[:][:, None]
 
     def fold(_, j, acc, masked: bool):
         tokens = pl.ds(j * size, size)
@@ -127,7 +127,7 @@ def _dq_kernel(
         dp = products(cotangents, load(v, tokens))
         if seeds is not None:
             dp *= kept(seeds[0], here().index, there().index, static.rate)
-        ds = _d_scores(p, dp - row_delta, slope).astype(keys[0].dtype)
+        ds = _d_scores(p, dp - row_deltas, slope).astype(keys[0].dtype)
         return [x + product("ts,sk->tk", ds, y) for x, y in zip(acc, keys, strict=True)]
 
     found = _over_blocks(_at(mine, _block_of_queries(static)), fold, zeros(static.block_q, q))
