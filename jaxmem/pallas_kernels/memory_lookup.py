@@ -16,7 +16,7 @@ Reference: Lample et al. 2019, arXiv 1907.05242, section 3.1; Berges et al. 2024
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -121,18 +121,68 @@ def _sum_rows(ids, weights, y, n_rows, implementation):
     nothing = jnp.full_like(y, 0, shape=(n_rows, width))
     if implementation == "reference":
         return nothing.at[rows].add(weights[:, None] * jnp.repeat(y, k, axis=0), mode="drop")
-    if not rows.size:
-        return nothing
     order = jnp.argsort(rows, stable=True)
+    return _add_sorted(nothing, order, rows[order], weights, y)
+
+
+def _add_sorted(
+    sums: Float[Array, "M V"],
+    order: Int[Array, "n"],
+    rows: Int[Array, "n"],
+    weights: Float[Array, "n"],
+    y: Float[Array, "T V"],
+) -> Float[Array, "M V"]:
+    """With weights[order] times their token's y, a chunk at a time, in `rows`, which ascend."""
+    if not rows.size:
+        return sums
+    k, (n_rows, width) = rows.size // y.shape[0], sums.shape
     size = min(rows.size, max(1, CHUNK_NUMBERS // max(width, 1)))
-    chunks = _split((order, rows[order]), size, n_rows)
 
     def add(sums, chunk):
         order, rows = chunk
         products = weights[order][:, None] * y[order // k]
         return sums.at[rows].add(products, mode="drop", indices_are_sorted=True), None
 
-    return jax.lax.scan(add, nothing, chunks)[0]
+    return jax.lax.scan(add, sums, _split((order, rows), size, n_rows))[0]
+
+
+class RowGradient(NamedTuple):
+    """The gradient of a table in the rows that were read, in ascending order; M, 0 and 0 in places behind the last."""
+
+    rows: Int[Array, "n"]
+    sums: Float[Array, "n V"]
+    """fp32; all NaN if more than n rows were read, so that no gradient is lost unseen."""
+    counts: Int[Array, "n"]
+    """How often each was read."""
+
+
+def row_gradient(
+    ids: Int[Array, "*batch k"],
+    weights: Float[Array, "*batch k"],
+    dy: Float[Array, "*batch V"],
+    n_rows: int,
+    size: int,
+) -> RowGradient:
+    """What `bag` passes back to its table for a cotangent dy, in at most `size` rows: no array is as long as the table.
+
+    Raises: ValueError for size < 1.
+
+    >>> found = row_gradient(jnp.array([[7, 2], [7, 7]]), jnp.ones((2, 2)), jnp.array([[1.0], [10.0]]), n_rows=9, size=3)
+    >>> found.rows.tolist(), found.sums[:, 0].tolist(), found.counts.tolist()
+    ([2, 7, 9], [1.0, 21.0, 0.0], [1, 3, 0])
+    """
+    if size < 1:
+        raise ValueError(f"row_gradient: needs size >= 1, got size={size}; pass the most rows that a step may read")
+    n_tokens, width = math.prod(ids.shape[:-1]), dy.shape[-1]
+    rows, weights, dy = _known(ids, n_rows).reshape(-1), _fp32(weights).reshape(-1), _fp32(dy).reshape(n_tokens, width)
+    order = jnp.argsort(rows, stable=True)
+    rows = rows[order]
+    starts = (rows != jnp.concatenate([jnp.full_like(rows[:1], -1), rows[:-1]])) & (rows < n_rows)
+    place = jnp.where(rows < n_rows, jnp.cumsum(starts) - 1, size)
+    sums = _add_sorted(jnp.full_like(dy, 0, shape=(size, width)), order, place, weights, dy)
+    sums = jnp.where(jnp.sum(starts) > size, jnp.nan, sums)
+    found = jnp.full_like(rows, n_rows, shape=size).at[place].set(rows, mode="drop")
+    return RowGradient(found, sums, jnp.full_like(rows, 0, shape=size).at[place].add(1, mode="drop"))
 
 
 def _bag_backward(implementation, saved, dy):
