@@ -22,10 +22,18 @@ class Cost:
     forward_flops: int
     """Per token, mean over a context; a multiply-add is two. Training takes three times as many, four if the backward
     pass computes blocks again."""
+    table_numbers_read: int = 0
+    """Numbers in the rows of memory tables that a token reads in all layers, each counted once per read."""
 
     @property
     def n_parameters(self) -> int:
         return sum(self.parameters.values())
+
+    @property
+    def n_active_parameters(self) -> int:
+        """Parameters that act on one token: all, but of memory tables only the rows it reads, at most all of them."""
+        tables = self.parameters.get("memory tables", 0)
+        return self.n_parameters - tables + min(self.table_numbers_read, tables)
 
 
 def account(config: DecoderConfig, context_tokens: int) -> Cost:
@@ -49,8 +57,14 @@ def account(config: DecoderConfig, context_tokens: int) -> Cost:
     looked_up = ("embedding", "output head", "memory tables")  # a token multiplies few of their rows, or none
     weights = sum(n for part, n in parameters.items() if part not in looked_up) + head
     mixing = sum(mixer.mixing_flops(config.d_model, context_tokens) for mixer in config.pattern)
+    reads = [m.keys.n_reads * m.row_numbers(config.d_model) for m in config.memories if m is not None]
     mixing += sum(memory.lookup_flops(config.d_model) for memory in config.memories if memory is not None)
-    return Cost(dict(parameters), dict(states), 2 * weights + config.repeats * mixing)
+    return Cost(
+        dict(parameters),
+        dict(states),
+        2 * weights + config.repeats * mixing,
+        table_numbers_read=config.repeats * sum(reads),
+    )
 
 
 def count_parameters(model: nnx.Module) -> int:
@@ -88,6 +102,9 @@ def table(name: str, config: DecoderConfig, cost: Cost, context_tokens: int):
     for part, n in sorted(cost.parameters.items(), key=lambda item: -item[1]):
         rows.add_row(f"parameters: {part}", f"{n:,}", f"{n / cost.n_parameters:.1%}")
     rows.add_row("parameters", f"{cost.n_parameters:,}", "", style="bold")
+    if cost.n_active_parameters < cost.n_parameters:
+        active = cost.n_active_parameters
+        rows.add_row("parameters active per token", f"{active:,}", f"{active / cost.n_parameters:.1%}")
     total = sum(cost.state_bytes.values())
     for mixer, n_bytes in cost.state_bytes.items():
         rows.add_row(f"state bytes: {mixer}", f"{n_bytes:,}", f"{n_bytes / total:.1%}")

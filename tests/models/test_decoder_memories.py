@@ -1,6 +1,7 @@
 """Memory layers in a decoder: in the place of feed-forwards or beside them, with one table for all or one each."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.models.accounting import account, count_parameters
 from jaxmem.models.decoder import DecoderConfig
+from jaxmem.sharding import MeshConfig, constrain, make_mesh, use_mesh
 
 KEYS = ProductKeysConfig(n_slots=16, n_heads=2, top_k=3, key_dim=8)
 OWN = MemoryConfig(KEYS)
@@ -32,6 +34,11 @@ def shapes(c):
     return nnx.eval_shape(lambda: c.make(rngs=nnx.Rngs(0)))
 
 
+@functools.cache
+def make(c):
+    return jax.jit(lambda: c.make(rngs=nnx.Rngs(0)))()
+
+
 @pytest.mark.parametrize("name", PLACES)
 def test_memories_stand_where_they_are_asked_for(name):
     c = config(*PLACES[name])
@@ -43,26 +50,8 @@ def test_memories_stand_where_they_are_asked_for(name):
     assert from_json(to_json(c)) == c
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "both" else pytest.mark.slow) for n in PLACES])
-def test_a_decoder_learns_in_its_tables(name):
-    """Every parameter has a gradient, only slots that were read among the rows; remat changes nothing."""
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 5)))
-
-    def gradients(c):
-        graph, params = nnx.split(c.make(rngs=nnx.Rngs(0)))
-        loss = lambda params: jnp.sum(jnp.sin(nnx.merge(graph, params)(tokens)[0]))
-        return jax.jit(jax.grad(loss))(params)
-
-    c = config(*PLACES[name])
-    found = gradients(c)
-    assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(found))
-    again = gradients(dataclasses.replace(c, remat="block"))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_a_future_token_changes_nothing_before_it():
-    model = config(OWN, SHARED).make(rngs=nnx.Rngs(0))
+    model = make(config(OWN, SHARED))
     tokens = np.random.default_rng(0).integers(0, 64, (1, 6))
     other = tokens.copy()
     other[0, 4] = (tokens[0, 4] + 1) % 64
@@ -70,6 +59,108 @@ def test_a_future_token_changes_nothing_before_it():
     a, b = run(model, jnp.asarray(tokens)), run(model, jnp.asarray(other))
     np.testing.assert_array_equal(a[:, :4], b[:, :4])
     assert np.all(a[:, 4] != b[:, 4])
+
+
+PADDED = jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0]])
+WEIGHT = jnp.cos(jnp.arange(16.0))
+
+
+def draw_tokens(seed):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 64, PADDED.shape, np.int32))
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Relative root mean square of every array."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-30)
+        assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
+
+
+@jax.jit
+def values_and_gradients(model, tokens, weight):
+    """Of the weighted outputs of real tokens."""
+
+    def loss(model):
+        x = model(tokens, segment_ids=PADDED)[0]
+        return jnp.sum(jnp.where(PADDED[..., None] != 0, weight * x, 0)), x
+
+    return jax.grad(loss, has_aux=True)(model)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "both" else pytest.mark.slow) for n in PLACES])
+def test_every_parameter_has_a_gradient(name):
+    gradients, _ = values_and_gradients(make(config(*PLACES[name])), draw_tokens(0), WEIGHT)
+    assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
+
+
+def test_padding_is_neutral():
+    """What stands in the place of padding changes no real token, and no slot that only padding reads has a gradient."""
+    model, tokens = make(config(OWN, SHARED)), draw_tokens(0)
+    other = jnp.where(PADDED == 0, draw_tokens(1), tokens)
+    (a, x), (b, y) = (values_and_gradients(model, these, WEIGHT) for these in (tokens, other))
+    np.testing.assert_array_equal(x[PADDED != 0], y[PADDED != 0])
+    assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_the_scan_is_the_loop_maps_over_rows_and_computes_again():
+    c = config(OWN, SHARED)
+    model, tokens = make(c), draw_tokens(0)
+
+    def loop(model, tokens):
+        x = model.embedding(tokens)
+        for repeat in range(c.repeats):
+            for stack in model.blocks:
+                block = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], stack)
+                x = x + block.mixer(block.mixer_norm(x))[0]
+                h = block.ffn_norm(x)
+                x = x + (0 if block.ffn is None else block.ffn(h))
+                x = x + block.memory(h, model.table if block.memory.config.shared_table else None)
+        return model.norm(x)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(call, model):
+        return jax.grad(lambda model: (jnp.sum(jnp.sin(x := call(model, tokens))), x), has_aux=True)(model)
+
+    want = run(loop, model)
+    rows = lambda model, tokens: jax.vmap(lambda row: model(row[None])[0][0])(tokens)
+    graph = nnx.graphdef(make(dataclasses.replace(c, remat="block")))
+    again = lambda model, tokens: nnx.merge(graph, nnx.state(model))(tokens)[0]
+    for call in (lambda model, tokens: model(tokens)[0], rows, again):
+        assert_close(run(call, model), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, model=2)], ids=["data", "data fsdp model"])
+def test_sharded_equals_unsharded(mesh):
+    c, tokens = config(OWN, SHARED), jnp.concatenate([draw_tokens(seed) for seed in range(4)])
+
+    @jax.jit
+    def run(tokens):
+        model = c.make(rngs=nnx.Rngs(0))
+        grad = jax.grad(lambda model: (jnp.sum(jnp.sin(x := model(tokens)[0])), x), has_aux=True)
+        return grad(model)
+
+    want = jax.device_get(run(tokens))
+    with use_mesh(make_mesh(mesh)):
+        got = jax.device_get(run(constrain(tokens, "batch", "time")))
+    assert_close(got, want)
+
+
+def test_active_parameters_are_all_but_the_rows_that_are_not_read():
+    keys = dataclasses.replace(KEYS, n_slots=1024)
+    own = MemoryConfig(keys, expert="gelu")
+    shared = dataclasses.replace(SHARED, keys=keys)
+    cost = account(config(own, shared), 32)
+    tables = 2 * 1024 * 2 * 16 + 1024 * 16  # experts' in both repeats, and the shared one
+    read = 2 * 6 * 2 * 16 + 2 * 6 * 16  # 2 layers each, 2 heads of 3 rows
+    assert cost.parameters["memory tables"] == tables
+    assert cost.n_active_parameters == cost.n_parameters - tables + read
+    tiny = account(config(OWN, None), 32)
+    assert tiny.n_active_parameters < tiny.n_parameters
+    without = account(config(), 32)
+    assert without.n_active_parameters == without.n_parameters
 
 
 @pytest.mark.parametrize("name", PLACES)
