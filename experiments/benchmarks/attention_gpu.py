@@ -10,8 +10,6 @@ pair forward and 10 K backward. Decoding is one query per row over a cache; TB/s
 
 import dataclasses
 import functools
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
@@ -19,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from measure import where
+from measure import interleaved_ms, where
 
 from jaxmem.pallas_kernels.decode_attention import split_kv_attention, unified_max_attention
 from jaxmem.pallas_kernels.flash_attention import flash_attention
@@ -145,18 +143,6 @@ def both(f: Callable):
     return run
 
 
-def milliseconds(functions: dict[str, Callable[[], object]], o: Options) -> dict[str, float]:
-    """Per call, median of turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(o.repeats):
-        for name, function in functions.items():
-            jax.block_until_ready(function())
-            began = time.perf_counter()
-            jax.block_until_ready([function() for _ in range(o.calls)][-1])
-            times[name].append(1e3 * (time.perf_counter() - began) / o.calls)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def compare(name: str, case: Case, o: Options) -> None:
     rng = np.random.default_rng(0)
     draw = lambda heads: jnp.asarray(
@@ -180,7 +166,7 @@ def compare(name: str, case: Case, o: Options) -> None:
             continue
         forward[way] = functools.partial(one, q, k, v)
         backward[way] = functools.partial(two, q, k, v, do)
-    ms, ms_both = milliseconds(forward, o), milliseconds(backward, o)
+    ms, ms_both = (interleaved_ms(calls, o.repeats, o.calls) for calls in (forward, backward))
     for way in ms:
         rates = 4 * case.width * case.pairs / ms[way] / 1e9, 14 * case.width * case.pairs / ms_both[way] / 1e9
         print(
@@ -215,7 +201,7 @@ def decode(name: str, cache: Cache, o: Options) -> None:
             print(f"  {way}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
             calls.pop(way, None)
     want = results["XLA"]
-    for way, ms in milliseconds(calls, o).items():
+    for way, ms in interleaved_ms(calls, o.repeats, o.calls).items():
         error = np.sqrt(np.mean((results[way] - want) ** 2) / np.mean(want**2))
         print(f"  {way:16} {ms:8.3f} ms {4 * k.size / ms / 1e9:5.2f} TB/s   error {error:.0e}", flush=True)
 

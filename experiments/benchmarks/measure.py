@@ -10,8 +10,9 @@ from importlib.metadata import version
 import jax
 
 
-def interleaved_ms(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each function, run in turns so that noise meets all alike.
+def interleaved_ms(functions: dict[str, Callable[[], object]], repeats: int, calls: int = 1) -> dict[str, float]:
+    """Median milliseconds of each function, run in turns so that noise meets all alike; of `calls` in a row, all but the last
+    of which nobody waits for.
 
     Each is called once more before it is timed: what ran before it may have emptied caches and given memory back.
     """
@@ -20,8 +21,8 @@ def interleaved_ms(functions: dict[str, Callable[[], object]], repeats: int) -> 
         for name, function in functions.items():
             jax.block_until_ready(function())
             began = time.perf_counter()
-            jax.block_until_ready(function())
-            times[name].append(1e3 * (time.perf_counter() - began))
+            jax.block_until_ready([function() for _ in range(calls)][-1])
+            times[name].append(1e3 * (time.perf_counter() - began) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -84,11 +84,12 @@ def flash_attention(
         [B, H, block_q, block_k]. None is an eighth of S, from 128 to 512, for "xla" (128 with a window or chunk), 1024 for
         "pallas_tpu", what fits a pass for "pallas_gpu".
       implementation: "reference" is the equation in fp32 with arrays [B, H, T, S]; "xla" is blockwise; "pallas_tpu" has no
-        relative positions, nor has "pallas_gpu" (NVIDIA, by Triton). None picks the best that there is when compiling for
-        a platform. Gradients can be differentiated again with "reference" alone.
+        relative positions, nor has "pallas_gpu" (NVIDIA, by Triton); "cudnn" takes whole rows of one document in 16 bits
+        (no places, and none of soft_cap, relative, dropped, blocks and chunks) and rounds o to their dtype. None picks the
+        best that there is when compiling for a platform. Gradients can be differentiated again with "reference" alone.
 
     Raises: ValueError if shapes do not match, blocks are not positive, relative positions would look ahead, or the
-      implementation is unknown.
+      implementation is unknown; NotImplementedError if the one asked for lacks something.
 
     >>> x = jnp.array([1.0, 2.0, 6.0]).reshape(1, 3, 1, 1)
     >>> flash_attention(0 * x, x, x).o[0, :, 0, 0].tolist()

@@ -92,26 +92,26 @@ def sum_rows(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _bag(values, ids, weights, implementation):
-    if implementation == "reference":
-        return jnp.einsum("...k,...kv->...v", _fp32(weights), _rows(values, ids), precision="highest")
-
-    def chunk(tokens):
-        ids, weights = tokens
-        return jnp.einsum("ck,ckv->cv", weights, _rows(values, ids), precision="highest")
-
-    return _in_chunks(chunk, (ids, _fp32(weights)), ids, values.shape[1])
+    return _product_with_rows("...k,...kv->...v", values, ids, weights, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dots(values, ids, y, implementation):
-    if implementation == "reference":
-        return jnp.einsum("...v,...kv->...k", _fp32(y), _rows(values, ids), precision="highest")
+    return _product_with_rows("...v,...kv->...k", values, ids, y, implementation)
 
-    def chunk(tokens):
-        ids, y = tokens
-        return jnp.einsum("cv,ckv->ck", y, _rows(values, ids), precision="highest")
 
-    return _in_chunks(chunk, (ids, _fp32(y)), ids, values.shape[1])
+def _product_with_rows(subscripts: str, values, ids, x, implementation) -> Float[Array, "*batch n"]:
+    """einsum of x, of each token, and the rows that it reads; chunks of tokens have about `CHUNK_NUMBERS` in their rows."""
+    product = lambda tokens: jnp.einsum(subscripts, tokens[1], _rows(values, tokens[0]), precision="highest")
+    x, batch, k = _fp32(x), ids.shape[:-1], ids.shape[-1]
+    n_tokens = math.prod(batch)
+    if implementation == "reference" or n_tokens * k == 0:
+        return product((ids, x))
+    flat = tuple(a.reshape(n_tokens, a.shape[-1]) for a in (ids, x))
+    size = min(n_tokens, max(1, CHUNK_NUMBERS // max(k * values.shape[1], 1)))
+    found = jax.lax.map(product, _split(flat, size, 0))
+    found = found.reshape(-1, found.shape[-1])[:n_tokens]
+    return found.reshape(*batch, found.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -219,20 +219,6 @@ def _known(ids: Int[Array, "..."], n_rows: int) -> Int[Array, "..."]:
 
 def _rows(values: Float[Array, "M V"], ids: Int[Array, "*batch k"]) -> Float[Array, "*batch k V"]:
     return _fp32(values.at[_known(ids, values.shape[0])].get(mode="fill", fill_value=0))
-
-
-def _in_chunks(f, tokens: PyTree, ids: Int[Array, "*batch k"], width: int) -> Float[Array, "*batch n"]:
-    """f of chunks of tokens side by side, whose gathered rows are about `CHUNK_NUMBERS` numbers."""
-    batch, k = ids.shape[:-1], ids.shape[-1]
-    n_tokens = math.prod(batch)
-    flat = jax.tree.map(lambda x: x.reshape(n_tokens, x.shape[-1]), tokens)
-    if n_tokens * k == 0:
-        found = f(flat)
-    else:
-        size = min(n_tokens, max(1, CHUNK_NUMBERS // max(k * width, 1)))
-        found = jax.lax.map(f, _split(flat, size, 0))
-        found = found.reshape(-1, found.shape[-1])[:n_tokens]
-    return found.reshape(*batch, found.shape[-1])
 
 
 def _split(arrays: PyTree, size: int, filling: int) -> PyTree:

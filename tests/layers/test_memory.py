@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from recordings import recordings
 
 from jaxmem.layers.memory import MemoryConfig, MemoryTable, memory_plus, peer, pkm
 from jaxmem.layers.product_keys import ProductKeysConfig
@@ -238,20 +238,9 @@ RECORDED = {
 }
 
 
-@functools.cache
-def recordings():
-    """{recording: {group: {name: array}}}; recording.py names them."""
-    found = {}
-    with np.load(pathlib.Path(__file__).parent.parent / "golden" / "memory_layers.npz") as arrays:
-        for key in set(arrays.files) - {"versions"}:
-            recording, group, name = key.split("/")
-            found.setdefault(recording, {}).setdefault(group, {})[name] = arrays[key]
-    return found
-
-
 @pytest.mark.parametrize("name", RECORDED)
 def test_layer_with_public_weights(name):
-    (config, mapping), recorded = RECORDED[name], recordings()[name]
+    (config, mapping), recorded = RECORDED[name], recordings("memory_layers")[name]
     public, gradients = dict(recorded["inputs"]), {key: a[0] for key, a in recorded["gradients"].items()}
     x, d_x = public.pop("x"), gradients.pop("x")
     graph, _ = nnx.split(jax.eval_shape(lambda: config.make(D, rngs=nnx.Rngs(0))))
@@ -262,4 +251,4 @@ def test_layer_with_public_weights(name):
 
 
 def test_all_that_is_recorded_has_a_test():
-    assert recordings().keys() == RECORDED.keys()
+    assert recordings("memory_layers").keys() == RECORDED.keys()

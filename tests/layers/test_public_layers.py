@@ -5,12 +5,12 @@ splitting, reshaping and transposing. Gradients take the same way. make_transfor
 """
 
 import functools
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from recordings import recordings
 
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.griffin import GriffinConfig
@@ -182,17 +182,6 @@ LAYERS = {
 SLOW = {"mamba2_one_group"}
 
 
-@functools.cache
-def recordings():
-    """{recording: {group: {name: array}}}; recording.py names them."""
-    found = {}
-    with np.load(pathlib.Path(__file__).parent.parent / "golden" / "transformers_layers.npz") as arrays:
-        for key in set(arrays.files) - {"versions"}:
-            recording, group, name = key.split("/")
-            found.setdefault(recording, {}).setdefault(group, {})[name] = arrays[key]
-    return found
-
-
 def leaves(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -211,7 +200,7 @@ def value_and_gradients(f, p, x, weight):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYERS])
 def test_layer_with_public_weights(name):
-    (config, mapping), recorded = LAYERS[name], recordings()[name]
+    (config, mapping), recorded = LAYERS[name], recordings("transformers_layers")[name]
     public, gradients = dict(recorded["inputs"]), {key: a[0] for key, a in recorded["gradients"].items()}
     x, d_x = public.pop("x"), gradients.pop("x")
     parameters = mapping(config, public)
@@ -232,4 +221,4 @@ def test_layer_with_public_weights(name):
 
 
 def test_all_that_is_recorded_has_a_test():
-    assert recordings().keys() == LAYERS.keys()
+    assert recordings("transformers_layers").keys() == LAYERS.keys()

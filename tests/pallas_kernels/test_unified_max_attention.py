@@ -86,7 +86,7 @@ def run(attend, arrays, implementation):
 
 
 def equation(arrays, options):
-    exact = [jnp.nan_to_num(x.astype(jnp.float32)) for x in arrays]
+    exact = [jnp.where(jnp.isnan(x), 0, x.astype(jnp.float32)) for x in arrays]  # of blocks that no query sees
     return as_dict(flash_attention(*exact, **options, implementation="reference"))
 
 

@@ -5,11 +5,11 @@ equations are compared in test_recurrences.py.
 """
 
 import functools
-import pathlib
 
 import jax
 import numpy as np
 import pytest
+from recordings import recordings
 
 from jaxmem.layers.gated_delta_net import log_decay
 from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
@@ -56,18 +56,6 @@ OTHERS = {
 ROWS = [pytest.param(source, name, id=f"{source}-{name}") for source, rules in RULES.items() for name in rules]
 
 
-@functools.cache
-def recordings(source):
-    """{recording: {group: {name: array}}}."""
-    found = {}
-    path = pathlib.Path(__file__).parent.parent / "golden" / f"{source}_recurrences.npz"
-    with np.load(path) as arrays:
-        for key in set(arrays.files) - {"versions"}:
-            recording, group, name = key.split("/")
-            found.setdefault(recording, {}).setdefault(group, {})[name] = arrays[key]
-    return found
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def outputs_and_gradients(rule, implementation, inputs, constants, weights):
     """What was recorded of rule's (o, state), and the gradients in all inputs of the sum of weights * outputs."""
@@ -100,7 +88,7 @@ def assert_as_recorded(got, recorded, case):
 @pytest.mark.parametrize(("source", "name"), ROWS)
 @pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 def test_recurrence(source, name, implementation):
-    recorded = recordings(source)[name]
+    recorded = recordings(f"{source}_recurrences")[name]
     decays, constants = recorded.get("decays", {}), recorded.get("constants", {})
     for case in range(len(recorded["outputs"]["o"])):
         inputs = recorded["inputs"] | {argument: a[case] for argument, a in decays.items()}
@@ -110,7 +98,7 @@ def test_recurrence(source, name, implementation):
 
 @pytest.mark.parametrize("name", GATES)
 def test_gates(name):
-    recorded = recordings("fla")[name]
+    recorded = recordings("fla_recurrences")[name]
     inputs = recorded["inputs"]
     g, pull = jax.vjp(lambda x: GATES[name]({"decay": x["a"]}, x), inputs)
     got = {"outputs": {"o": g}, "gradients": pull(recorded["weights"]["o"])[0]}
@@ -119,7 +107,7 @@ def test_gates(name):
 
 def test_lightning_slopes():
     """Those of the MiniMax checkpoints, layer by layer."""
-    slopes = recordings("transformers")["lightning_slopes"]["outputs"]["slopes"]
+    slopes = recordings("transformers_recurrences")["lightning_slopes"]["outputs"]["slopes"]
     n_layers, n_heads = slopes.shape
     got = [decay_only.lightning_slopes(n_heads, layer, n_layers) for layer in range(n_layers)]
     np.testing.assert_allclose(np.stack(got), slopes, rtol=1e-5)
@@ -128,4 +116,4 @@ def test_lightning_slopes():
 @pytest.mark.parametrize("source", RULES)
 def test_all_that_is_recorded_has_a_test(source):
     """Here, or in tests/layers."""
-    assert recordings(source).keys() == RULES[source].keys() | OTHERS[source]
+    assert recordings(f"{source}_recurrences").keys() == RULES[source].keys() | OTHERS[source]
