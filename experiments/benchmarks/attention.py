@@ -5,7 +5,7 @@
 Causal, fp32; forward, and forward + backward with gradients of q, k and v. "naive" is `jax.nn.dot_product_attention`. The
 ringattention package, none of it needed, takes part where it is installed:
 
-    pip install --no-deps ringattention==0.1.2
+    pip install --no-deps ringattention==0.1.2 einops
 
 Its import asks for `jax.lib.xla_bridge`, which JAX no longer has: it is given a stand-in; its path for CPUs runs unchanged.
 """

@@ -14,6 +14,7 @@ from jaxmem.pallas_kernels import flash_attention_gpu
 from jaxmem.pallas_kernels.attention_scores import Extras, Static
 from jaxmem.pallas_kernels.masks import Place
 
+NO_GPU = "an NVIDIA GPU"
 WIDEST = {8: 128, 9: 256}
 """Head that cuDNN takes, by major compute capability; later ones as Hopper."""
 
@@ -43,7 +44,7 @@ def why_not(q, k, v, q_place: Place, k_place: Place, extras: Extras, static: Sta
     """What cuDNN lacks for such attention, or this process for cuDNN; None: nothing."""
     major = _compute_capability()
     if major is None:
-        return "no need of an NVIDIA GPU in this process"
+        return NO_GPU
     mask, widths, dtypes = static.mask, {q.shape[-1], v.shape[-1]}, {str(x.dtype) for x in (q, k, v)}
     widest = WIDEST.get(min(major, 9), 0)
     lacking = {
@@ -69,6 +70,10 @@ def _compute_capability() -> int | None:
 
 def _refuse(*arguments) -> None:
     lacking = why_not(*arguments)
+    if lacking == NO_GPU:
+        raise NotImplementedError(
+            "flash_attention: needs an NVIDIA GPU for 'cudnn', got none in this process; use 'xla'"
+        )
     if lacking is not None:
         raise NotImplementedError(
             f"flash_attention: needs an implementation with {lacking}, got 'cudnn'; use 'pallas_gpu' or 'xla'"

@@ -4,7 +4,7 @@
 
 Needs this project and
 
-    pip install --no-deps ringattention==0.1.2
+    pip install --no-deps ringattention==0.1.2 einops
     pip install einops
 
 Its import asks for `jax.lib.xla_bridge`, which JAX no longer has: it is given a stand-in. Its path for CPUs runs unchanged;

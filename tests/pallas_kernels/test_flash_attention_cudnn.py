@@ -60,7 +60,6 @@ def test_the_rest_is_not(hopper, why):
 
 
 ERRORS = {
-    "no GPU": (None, {}, "no need of an NVIDIA GPU in this process"),
     "places": (9, {"rows": "packed"}, "places or other rows than of one document each"),
     "dtype": (9, {"dtype": jnp.float32}, "arrays of float32"),
     "soft cap": (9, {"soft_cap": 2.0}, "a soft cap"),
@@ -84,6 +83,12 @@ def test_errors(monkeypatch, name):
         NotImplementedError, match=f"needs an implementation with {text}, got 'cudnn'; use 'pallas_gpu'"
     ):
         flash_attention(**arrays, **options, implementation="cudnn")
+
+
+def test_without_a_gpu():
+    text = "flash_attention: needs an NVIDIA GPU for 'cudnn', got none in this process; use 'xla'"
+    with pytest.raises(NotImplementedError, match=text):
+        flash_attention(**whole_rows(), implementation="cudnn")
 
 
 @pytest.mark.gpu
