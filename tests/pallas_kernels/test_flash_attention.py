@@ -169,15 +169,19 @@ def test_a_block_is_passed_over_only_if_nothing_in_it_is_seen(mask, rows):
         np.testing.assert_array_equal(maybe, some)
 
 
-def test_never_builds_query_time_by_key_time():
+@pytest.mark.parametrize("n_distances", [None, 2048])
+def test_never_builds_query_time_by_key_time(n_distances):
+    """Nor query time by distance, with a relative position for every distance."""
     n_tokens, heads = 2048, 2
-    x = jax.ShapeDtypeStruct((1, n_tokens, heads, 16), jnp.float32)
+    arrays = dict.fromkeys("qkv", jax.ShapeDtypeStruct((1, n_tokens, heads, 16), jnp.float32))
+    if n_distances is not None:
+        arrays["relative"] = jax.ShapeDtypeStruct((heads, n_distances, 16), jnp.float32)
 
-    def loss(q, k, v):
-        o, lse = flash_attention(q, k, v)
+    def loss(arrays):
+        o, lse = flash_attention(**arrays, block_q=64, block_k=64)
         return jnp.sum(o) + jnp.sum(lse)
 
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
     shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\[(\d+(?:,\d+)*)\]", compiled.as_text())]
     assert max(np.prod(shape) for shape in shapes) < n_tokens**2 // 8
     assert compiled.memory_analysis().temp_size_in_bytes < heads * n_tokens**2 * 4 // 4
