@@ -10,8 +10,8 @@ All heads read one table [M V]. The table belongs to the layer, or is a `MemoryT
 may pass to several layers; two models never share one unless they are given it.
 
 Cost per token: that of the product keys, 2 H k V FLOPs of the values (and 2 H k D of the experts' inputs), H k rows of V
-numbers read. Parameters: M V (and M D), of which a token reads H k rows. Under a mesh each device reads for its own tokens
-and heads from a whole table; what is stored of it is split like other parameters along its width.
+numbers read. Parameters: M V (and M D), of which a token reads H k rows. Under a mesh a table is split by columns or rows,
+and read where it is (`jaxmem.sharding.tables`).
 
 Reference: Lample et al. 2019, arXiv 1907.05242 (`pkm`); Berges et al. 2024, Memory Layers at Scale, arXiv 2412.09764
 (`memory_plus`); He 2024, Mixture of A Million Experts, arXiv 2407.04153 (`peer`); relu instead of softmax: Csordas et al.
@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.layers.product_keys import ProductKeys, ProductKeysConfig, product_top_k
-from jaxmem.pallas_kernels.memory_lookup import bag, dots
-from jaxmem.sharding import constrain, einsum, local, param, sum_over
-from jaxmem.sharding.folds import spread_like
+from jaxmem.layers.table_reads import record_bag, record_dots
+from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding.tables import CHOICES, TABLE, X, bag, dots
 from jaxmem.typing import Array, Float, Int
 
 Score = Literal["softmax", "relu", "sigmoid"]
@@ -123,10 +123,7 @@ def peer(n_experts: int = 1024**2) -> MemoryConfig:
     return MemoryConfig(keys, expert="gelu")
 
 
-_TABLE = ("slots", "embed")
-_X = ("batch", "time", "embed")
 _SCORES = ("batch", "time", "heads", None, None)
-CHOICES = ("batch", "time", "heads", None)
 
 
 class MemoryTable(nnx.Module):
@@ -146,8 +143,8 @@ class MemoryTable(nnx.Module):
           rngs: `params` draws the table.
         """
         normal = lambda width: jax.nn.initializers.normal(width**-0.5)
-        self.values = param(rngs, normal(width), (n_slots, width), _TABLE)
-        self.inputs = None if d_input is None else param(rngs, normal(d_input), (n_slots, d_input), _TABLE)
+        self.values = param(rngs, normal(width), (n_slots, width), TABLE)
+        self.inputs = None if d_input is None else param(rngs, normal(d_input), (n_slots, d_input), TABLE)
 
 
 class Memory(nnx.Module):
@@ -172,6 +169,8 @@ class Memory(nnx.Module):
         normal = jax.nn.initializers.normal(d_model**-0.5)
         self.token_gate = param(rngs, normal, (d_model,), ("embed",)) if config.gated else None
         self.table = None if config.shared_table else config.make_table(d_model, rngs=rngs)
+        self.reads = nnx.data(None)
+        """Where a training step finds what this layer passes back to its table (`jaxmem.layers.table_reads`)."""
 
     def __call__(self, x: Float[Array, "B T D"], table: MemoryTable | None = None) -> Float[Array, "B T D"]:
         """What the tokens read.
@@ -187,7 +186,7 @@ class Memory(nnx.Module):
         if self.config.output == "swilu":
             wide = ("batch", "time", "value")
             gate = einsum("btd,dv->btv", x, self.gate[...], wide) + self.gate_bias[...].astype(x.dtype)
-            y = einsum("btv,vd->btd", y * jax.nn.silu(gate), self.out[...], _X)
+            y = einsum("btv,vd->btd", y * jax.nn.silu(gate), self.out[...], X)
             y = y + constrain(self.out_bias[...], "embed").astype(x.dtype)
         if self.token_gate is not None:
             gate = einsum("btd,d->bt", x.astype(jnp.float32), self.token_gate[...], ("batch", "time"))
@@ -204,19 +203,19 @@ class Memory(nnx.Module):
 
     def _read(self, x: Float[Array, "B T D"], table: MemoryTable) -> Float[Array, "B T V"]:
         """In fp32."""
-        arrays = [table.values] if table.inputs is None else [table.values, table.inputs]
-        arrays = [constrain(array[...], *_TABLE) for array in arrays]
-
-        def read(scores, x, *tables):
-            x, values, *inputs = spread_like((x, *tables), scores)  # so that their gradients are exchanged once
-            ids, weights = (a.reshape(*a.shape[:2], -1) for a in self._choose(scores))  # [B T Hk]
-            if inputs:
-                hidden = dots(inputs[0], ids, x.astype(jnp.float32))
-                weights = weights * ACTIVATIONS[self.config.expert](hidden)
-            return sum_over(bag(values, ids, weights), "heads")
-
-        placed = local(read, in_axes=(_SCORES, _X, *[_TABLE] * len(arrays)), out_axes=_X)
-        return placed(self.keys(x), x, *arrays)
+        ids, weights = self.choose(x)
+        values, inputs = (None if array is None else array[...] for array in (table.values, table.inputs))
+        recorded = self.reads is not None
+        if recorded:
+            values, inputs = jax.lax.stop_gradient((values, inputs))
+        if inputs is not None:
+            x = x.astype(jnp.float32)
+            hidden = dots(inputs, ids, x)
+            if recorded:
+                hidden = record_dots(hidden, self.reads.inputs, ids, x)
+            weights = weights * ACTIVATIONS[self.config.expert](hidden)
+        y = bag(values, ids, weights)
+        return record_bag(y, self.reads.values, ids, weights) if recorded else y
 
     def _table(self, table: MemoryTable | None) -> MemoryTable:
         if (table is not None) != self.config.shared_table:

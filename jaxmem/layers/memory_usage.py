@@ -38,7 +38,7 @@ def slot_weights(
         z = jnp.zeros(n_slots, jnp.float32)
         return sum_over(spread_like(z, counted).at[ids].add(counted), "batch", "time", "heads")
 
-    return local(count, in_axes=(CHOICES, CHOICES, ("batch", "time")), out_axes=("slots",))(ids, weights, real)
+    return local(count, in_axes=(CHOICES, CHOICES, ("batch", "time")), out_axes=(None,))(ids, weights, real)
 
 
 def share_used(z: Float[Array, "*layers M"]) -> Float[Array, "*layers"]:
