@@ -6,11 +6,14 @@
 t counts all steps. Rows that were not read keep their moments and values, unlike Adam's, whose moments fade at every step and
 still move them. If all are read in every step the two are the same.
 
-Cost per step: a few times the rows that were read, whatever the table's size, if state and table are donated.
+Cost per step: a few times the rows that were read, whatever the table's size, if state and table are donated. On a mesh each
+device updates its own part of the rows (which `jaxmem.sharding.tables.gradient_of_rows` finds), and nothing is exchanged but
+the norm that `clip_norm` needs.
 Reference: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1; Loshchilov and Hutter 2019, arXiv 1711.05101 (decay); lazy as
 TensorFlow's LazyAdam and, for t, as torch.optim.SparseAdam.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxmem.pallas_kernels.memory_lookup import RowGradient
+from jaxmem.sharding import local
+from jaxmem.sharding.tables import TABLE
 from jaxmem.typing import Array, Float, Int, PyTree
 
 
@@ -67,30 +72,55 @@ def lazy_adam(
             norm = optax.tree.norm([leaf.sums for leaf in leaves])
             factor = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
             leaves = [leaf._replace(sums=leaf.sums * factor) for leaf in leaves]
-        tables = leaves if tables is None else structure.flatten_up_to(tables)
-        mus, nus, updates = structure.flatten_up_to(state.mu), structure.flatten_up_to(state.nu), []
-        for i, (gradient, table) in enumerate(zip(leaves, tables, strict=True)):
+
+        def of_table(gradient: RowGradient, mu, nu, table):
             rows, g = gradient.rows, gradient.sums
-            at = lambda x, rows=rows: x.at[rows].get(mode="fill", fill_value=0)
-            mu, nu = b1 * at(mus[i]) + (1 - b1) * g, b2 * at(nus[i]) + (1 - b2) * g**2
-            step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+            m, v = b1 * _get(mu, rows) + (1 - b1) * g, b2 * _get(nu, rows) + (1 - b2) * g**2
+            step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
             if weight_decay:
-                step += weight_decay * at(table).astype(jnp.float32)
-            put = lambda x, new, rows=rows: x.at[rows].set(new, mode="drop", indices_are_sorted=True)
-            mus[i], nus[i] = put(mus[i], mu), put(nus[i], nu)
-            updates.append(gradient._replace(sums=-rate * step))
-        rebuilt = (jax.tree.unflatten(structure, part) for part in (mus, nus))
-        return jax.tree.unflatten(structure, updates), LazyAdamState(count, *rebuilt)
+                step += weight_decay * _get(table, rows).astype(jnp.float32)
+            return gradient._replace(sums=-rate * step), _set(mu, rows, m), _set(nu, rows, v)
+
+        tables = state.mu if tables is None else tables
+        trees = zip(*map(structure.flatten_up_to, (state.mu, state.nu, tables)), strict=True)
+        out = lambda rows, table: (rows, table, table)
+        new = [_on_own_rows(of_table, out)(leaf, *arrays) for leaf, arrays in zip(leaves, trees, strict=True)]
+        updates, mu, nu = (jax.tree.unflatten(structure, part) for part in zip(*new, strict=True))
+        return updates, LazyAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
 def apply_rows(tables: PyTree, updates: PyTree) -> PyTree:
     """Tables with the updates of some of their rows, each in the table's dtype."""
-    add = lambda rows, table: _add(table, rows)
-    return jax.tree.map(add, updates, tables, is_leaf=lambda node: isinstance(node, RowGradient))
+
+    def add(update: RowGradient, table: Array) -> Array:
+        return _set(table, update.rows, _get(table, update.rows).astype(jnp.float32) + update.sums)
+
+    is_rows = lambda node: isinstance(node, RowGradient)
+    return jax.tree.map(_on_own_rows(add, lambda rows, table: table), updates, tables, is_leaf=is_rows)
 
 
-def _add(table: Float[Array, "M V"], update: RowGradient) -> Float[Array, "M V"]:
-    new = table.at[update.rows].get(mode="fill", fill_value=0).astype(jnp.float32) + update.sums
-    return table.at[update.rows].set(new.astype(table.dtype), mode="drop", indices_are_sorted=True)
+def _on_own_rows(function: Callable[..., PyTree], out: Callable[[PyTree, PyTree], PyTree]) -> Callable[..., PyTree]:
+    """`function(rows, *tables)` on each device's own part of tables [M V], or stacked ones [L M V].
+
+    Args:
+      out: what it returns, made of the axes of rows and those of a table.
+    """
+
+    def placed(gradient: RowGradient, *tables: Array) -> PyTree:
+        stacked = gradient.rows.ndim == 2
+        axes = (None, *TABLE) if stacked else TABLE
+        of_rows = RowGradient(axes[:-1], axes, axes[:-1])
+        run = jax.vmap(function) if stacked else function
+        return local(run, in_axes=(of_rows, *(axes for _ in tables)), out_axes=out(of_rows, axes))(gradient, *tables)
+
+    return placed
+
+
+def _get(x: Float[Array, "M V"], rows: Int[Array, "n"]) -> Float[Array, "n V"]:
+    return x.at[rows].get(mode="fill", fill_value=0)
+
+
+def _set(x: Float[Array, "M V"], rows: Int[Array, "n"], new: Float[Array, "n V"]) -> Float[Array, "M V"]:
+    return x.at[rows].set(new.astype(x.dtype), mode="drop", indices_are_sorted=True)

@@ -48,6 +48,46 @@ Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
+class TableOptimizerConfig:
+    """How memory tables are updated; the schedule's form is that of the other parameters.
+
+    Raises: ValueError for a value outside the range that its line states.
+    """
+
+    update: Literal["lazy", "dense"] = "lazy"
+    """Adam of the rows that a step read, others stay as they are; or AdamW of whole tables, with dense gradients."""
+    learning_rate: float = 1e-3
+    """The highest; > 0."""
+    weight_decay: float = 0.0
+    """Of rows that are read (lazy) or of all (dense), per step and per unit of the learning rate; >= 0."""
+    clip_norm: float | None = 1.0
+    """Largest L2 norm of all tables' gradients together; > 0. None: they are not clipped."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    max_rows: int | None = None
+    """Most rows of a table that a step may read on each device that holds a part of it; a step that reads more is not made.
+    Bounds memory: None takes the number of reads, each of which may be another row's."""
+
+    def __post_init__(self):
+        for name, condition, holds in (
+            ("update", "lazy or dense", self.update in ("lazy", "dense")),
+            ("learning_rate", "> 0", self.learning_rate > 0),
+            ("weight_decay", ">= 0", self.weight_decay >= 0),
+            ("clip_norm", "> 0 or None", self.clip_norm is None or self.clip_norm > 0),
+            ("b1", "in [0, 1)", 0 <= self.b1 < 1),
+            ("b2", "in [0, 1)", 0 <= self.b2 < 1),
+            ("eps", "> 0", self.eps > 0),
+            ("max_rows", ">= 1 or None", self.max_rows is None or self.max_rows >= 1),
+        ):
+            if not holds:
+                raise ValueError(
+                    f"optimizer: needs tables.{name} {condition}, got {name}={getattr(self, name)}; "
+                    "change TableOptimizerConfig"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters are updated.
 
@@ -78,6 +118,8 @@ class OptimizerConfig:
     """Muon's decay of the mean of gradients (Nesterov); in [0, 1)."""
     clip_norm: float | None = 1.0
     """Largest L2 norm of all gradients together; > 0. None: gradients are not clipped."""
+    tables: TableOptimizerConfig = TableOptimizerConfig()
+    """Of memory tables, if there are any: a group apart, of which nothing above holds but the form of the schedule."""
 
     def __post_init__(self):
         for name, condition, holds in (
@@ -154,6 +196,32 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
                 f"optimizer: needs parameters with logical axes, got {type(variable).__name__} without axes; "
                 "make parameters with jaxmem.sharding.param"
             )
+    others = _of_parameters(config, total_steps, [v for v in variables if not is_memory_table(v)])
+    labels = ["tables" if is_memory_table(v) else "parameters" for v in variables]
+    if "tables" not in labels:
+        return others
+    tables = config.tables
+    clip = optax.identity() if tables.clip_norm is None else optax.clip_by_global_norm(tables.clip_norm)
+    adamw = optax.adamw(
+        make_table_schedule(config, total_steps), tables.b1, tables.b2, tables.eps, weight_decay=tables.weight_decay
+    )
+    groups = {"parameters": others, "tables": optax.chain(clip, adamw)}
+    return optax.partition(groups, lambda tree: _like(tree, labels))
+
+
+def make_table_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """The learning rate of memory tables."""
+    return make_schedule(dataclasses.replace(config, learning_rate=config.tables.learning_rate), total_steps)
+
+
+def is_memory_table(variable: nnx.Variable) -> bool:
+    """Whether a parameter's rows are the slots of a memory."""
+    return "slots" in getattr(variable, "axes", ())
+
+
+def _of_parameters(
+    config: OptimizerConfig, total_steps: int, variables: list[nnx.Variable]
+) -> optax.GradientTransformation:
     dimensions = [matrix_dimensions(variable) for variable in variables]
     is_matrix = [numbers is not None for numbers in dimensions]
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
