@@ -172,17 +172,20 @@ class Memory(nnx.Module):
         self.reads = nnx.data(None)
         """Where a training step finds what this layer passes back to its table (`jaxmem.layers.table_reads`)."""
 
-    def __call__(self, x: Float[Array, "B T D"], table: MemoryTable | None = None) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], table: MemoryTable | None = None, layer: Int[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
         """What the tokens read.
 
         Args:
           x: tokens, each for itself.
           table: with `shared_table` the slots to read, else None.
+          layer: which of a layer's own tables it reads, if these are a stack [L M V]; None: it has one.
 
         Raises: ValueError for a table that is missing, not asked for, or of other shapes.
         """
         table = self._table(table)
-        y = self._read(x, table).astype(x.dtype)
+        y = self._read(x, table, None if self.config.shared_table else layer).astype(x.dtype)
         if self.config.output == "swilu":
             wide = ("batch", "time", "value")
             gate = einsum("btd,dv->btv", x, self.gate[...], wide) + self.gate_bias[...].astype(x.dtype)
@@ -201,7 +204,7 @@ class Memory(nnx.Module):
         best = product_top_k(scores, self.config.keys.top_k)
         return best.ids, weights_of(best.scores, self.config.score)
 
-    def _read(self, x: Float[Array, "B T D"], table: MemoryTable) -> Float[Array, "B T V"]:
+    def _read(self, x: Float[Array, "B T D"], table: MemoryTable, layer: Array | None) -> Float[Array, "B T V"]:
         """In fp32."""
         ids, weights = self.choose(x)
         values, inputs = (None if array is None else array[...] for array in (table.values, table.inputs))
@@ -210,11 +213,11 @@ class Memory(nnx.Module):
             values, inputs = jax.lax.stop_gradient((values, inputs))
         if inputs is not None:
             x = x.astype(jnp.float32)
-            hidden = dots(inputs, ids, x)
+            hidden = dots(inputs, ids, x, layer)
             if recorded:
                 hidden = record_dots(hidden, self.reads.inputs, ids, x)
             weights = weights * ACTIVATIONS[self.config.expert](hidden)
-        y = bag(values, ids, weights)
+        y = bag(values, ids, weights, layer)
         return record_bag(y, self.reads.values, ids, weights) if recorded else y
 
     def _table(self, table: MemoryTable | None) -> MemoryTable:

@@ -17,14 +17,17 @@ Cost: FLOPs as of `memory_lookup`, 1 / n of them on each owner of columns; owner
 Reference: columns as in Berges et al. 2024, Memory Layers at Scale, arXiv 2412.09764, section 3.2.
 """
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 
 from jaxmem.pallas_kernels import memory_lookup
 from jaxmem.pallas_kernels.memory_lookup import RowGradient, row_gradient
 from jaxmem.sharding.folds import spread_like
-from jaxmem.sharding.placement import local, n_shards_of, sum_over
+from jaxmem.sharding.placement import local, sum_over
 from jaxmem.sharding.rules import Axes, current_rules
-from jaxmem.typing import Array, Float, Int
+from jaxmem.typing import Array, Float, Int, PyTree
 
 TABLE = ("slots", "slot_width")
 CHOICES = ("batch", "time", "heads", None)
@@ -32,16 +35,22 @@ X = ("batch", "time", "embed")
 
 
 def bag(
-    values: Float[Array, "M V"], ids: Int[Array, "B T H k"], weights: Float[Array, "B T H k"]
+    values: Float[Array, "*L M V"],
+    ids: Int[Array, "B T H k"],
+    weights: Float[Array, "B T H k"],
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T V"]:
-    """`memory_lookup.bag` of a split table, summed over heads, in fp32."""
+    """`memory_lookup.bag` of a split table, summed over heads, in fp32.
 
-    def read(values, ids, weights):
-        values, ids, weights = spread_like(
-            (values, ids, weights), (values, weights)
-        )  # so that gradients are summed once
+    Args:
+      layer: which of stacked tables [L M V] is read; no slice of them is copied. None: there is one.
+    """
+
+    def read(values, ids, weights, *layer):
+        values, ids, weights = spread_like((values, ids, weights), (values, weights))  # their gradients: exchanged once
         ids, weights = _to_owners(ids, CHOICES), _to_owners(weights, CHOICES)
-        y = memory_lookup.bag(values, _flat(_own(ids, values.shape[0])), _flat(weights))
+        values, ids = _rows_of_layer(values, ids, *layer)
+        y = memory_lookup.bag(values, _flat(ids), _flat(weights))
         if not any(_dimension(axis, CHOICES) == 2 for axis in _owners()):
             y = sum_over(y, "heads")
         for axis in reversed(_owners()):
@@ -53,21 +62,32 @@ def bag(
                 y = jax.lax.all_to_all(y, axis, dimension, 2, tiled=True)
         return y
 
-    return local(read, in_axes=(TABLE, CHOICES, CHOICES), out_axes=X)(values, ids, weights)
+    which, axes = _stacking(layer)
+    in_axes = (axes, CHOICES, CHOICES, *[()] * len(which))
+    return local(read, in_axes=in_axes, out_axes=X)(values, ids, weights, *which)
 
 
-def dots(values: Float[Array, "M V"], ids: Int[Array, "B T H k"], y: Float[Array, "B T V"]) -> Float[Array, "B T H k"]:
-    """`memory_lookup.dots` of a split table, in fp32."""
+def dots(
+    values: Float[Array, "*L M V"],
+    ids: Int[Array, "B T H k"],
+    y: Float[Array, "B T V"],
+    layer: Int[Array, ""] | None = None,
+) -> Float[Array, "B T H k"]:
+    """`memory_lookup.dots` of a split table, in fp32; `layer` as of `bag`."""
 
-    def read(values, ids, y):
+    def read(values, ids, y, *layer):
         values, ids, y = spread_like((values, ids, y), (values, ids))
         ids, y = _to_owners(ids, CHOICES), _columns_to_owners(y, X)
-        d = memory_lookup.dots(values, _flat(_own(ids, values.shape[0])), y).reshape(ids.shape)
+        shape = ids.shape
+        values, ids = _rows_of_layer(values, ids, *layer)
+        d = memory_lookup.dots(values, _flat(ids), y).reshape(shape)
         for axis in reversed(_owners()):
             d = _scatter_sum(d, axis, _dimension(axis, CHOICES))
         return d
 
-    return local(read, in_axes=(TABLE, CHOICES, X), out_axes=CHOICES)(values, ids, y)
+    which, axes = _stacking(layer)
+    in_axes = (axes, CHOICES, X, *[()] * len(which))
+    return local(read, in_axes=in_axes, out_axes=CHOICES)(values, ids, y, *which)
 
 
 def gradient_of_rows(
@@ -85,6 +105,20 @@ def gradient_of_rows(
 
     Returns: rows [n size] and sums [n size, V] of all n owners of rows, split as the table is; rows count within the owner's.
     """
+    out = RowGradient(TABLE[:1], TABLE, TABLE[:1])
+    find = lambda ids, weights, y, n_own: row_gradient(ids, weights, y, n_own, size)
+    return _of_all_tokens(find, out, ids, weights, y, n_rows)
+
+
+def gradient_of_table(
+    ids: Int[Array, "N B T H k"], weights: Float[Array, "N B T H k"], y: Float[Array, "N B T V"], n_rows: int
+) -> Float[Array, "M V"]:
+    """`memory_lookup.sum_rows` of a split table, of N times B rows of tokens."""
+    return _of_all_tokens(memory_lookup.sum_rows, TABLE, ids, weights, y, n_rows)
+
+
+def _of_all_tokens(function: Callable[..., PyTree], out_axes: PyTree, ids, weights, y, n_rows: int) -> PyTree:
+    """function(ids, weights, y, own rows) on every owner, with what all tokens read, and their y in the owner's columns."""
     choices, x = (None, *CHOICES), (None, *X)
 
     def find(ids, weights, y):
@@ -92,18 +126,13 @@ def gradient_of_rows(
         everywhere = _owners() + others
         ids, weights = (_gather(a, choices, everywhere, to="invarying") for a in (ids, weights))
         y = _gather(_columns_to_owners(y, x, to="invarying"), x, others, to="invarying")
-        n_own = n_rows // _n_devices(_axes("slots"))
+        rows = _axes("slots")
+        n_own = n_rows // (jax.lax.axis_size(rows) if rows else 1)
         ids = _own(ids, n_own)
         weights, y = spread_like((weights, y), (ids, y))
-        return row_gradient(_flat(ids), _flat(weights), y, n_own, size)
+        return function(_flat(ids), _flat(weights), y, n_own)
 
-    out = RowGradient(TABLE[:1], TABLE, TABLE[:1])
-    return local(find, in_axes=(choices, choices, x), out_axes=out)(ids, weights, y)
-
-
-def n_owners() -> int:
-    """Devices between which slots are split."""
-    return n_shards_of("slots")
+    return local(find, in_axes=(choices, choices, x), out_axes=out_axes)(ids, weights, y)
 
 
 def _axes(name: str) -> tuple[str, ...]:
@@ -122,8 +151,20 @@ def _dimension(axis: str, axes: Axes) -> int | None:
     return next((d for d, name in enumerate(axes) if name is not None and axis in _axes(name)), None)
 
 
-def _n_devices(axes: tuple[str, ...]) -> int:
-    return jax.lax.axis_size(axes) if axes else 1
+def _stacking(layer: Array | None) -> tuple[tuple[Array, ...], Axes]:
+    """What says which of stacked tables is read, and the axes of tables."""
+    return ((), TABLE) if layer is None else ((layer,), (None, *TABLE))
+
+
+def _rows_of_layer(values: Array, ids: Int[Array, "..."], layer: Array | None = None) -> tuple[Array, Array]:
+    """Values [M V], of all layers one after the other where they are stacked, and ids of this owner's rows in them."""
+    n_rows = values.shape[-2]
+    ids = _own(ids, n_rows)
+    if layer is None:
+        return values, ids
+    n = values.shape[0] * n_rows
+    ids = jnp.where((ids < 0) | (ids >= n_rows), n, ids + n_rows * layer)
+    return values.reshape(n, values.shape[-1]), ids
 
 
 def _own(ids: Int[Array, "..."], n_rows: int) -> Int[Array, "..."]:

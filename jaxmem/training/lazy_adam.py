@@ -13,6 +13,7 @@ Reference: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1; Loshchilov and Hutt
 TensorFlow's LazyAdam and, for t, as torch.optim.SparseAdam.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,7 +74,8 @@ def lazy_adam(
             factor = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
             leaves = [leaf._replace(sums=leaf.sums * factor) for leaf in leaves]
 
-        def of_table(gradient: RowGradient, mu, nu, table):
+        def of_table(numbers, gradient: RowGradient, mu, nu, table):
+            count, rate = numbers
             rows, g = gradient.rows, gradient.sums
             m, v = b1 * _get(mu, rows) + (1 - b1) * g, b2 * _get(nu, rows) + (1 - b2) * g**2
             step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
@@ -84,7 +86,8 @@ def lazy_adam(
         tables = state.mu if tables is None else tables
         trees = zip(*map(structure.flatten_up_to, (state.mu, state.nu, tables)), strict=True)
         out = lambda rows, table: (rows, table, table)
-        new = [_on_own_rows(of_table, out)(leaf, *arrays) for leaf, arrays in zip(leaves, trees, strict=True)]
+        run = functools.partial(_on_own_rows(of_table, out), (count, jnp.float32(rate)))
+        new = [run(leaf, *arrays) for leaf, arrays in zip(leaves, trees, strict=True)]
         updates, mu, nu = (jax.tree.unflatten(structure, part) for part in zip(*new, strict=True))
         return updates, LazyAdamState(count, mu, nu)
 
@@ -94,26 +97,28 @@ def lazy_adam(
 def apply_rows(tables: PyTree, updates: PyTree) -> PyTree:
     """Tables with the updates of some of their rows, each in the table's dtype."""
 
-    def add(update: RowGradient, table: Array) -> Array:
+    def add(_, update: RowGradient, table: Array) -> Array:
         return _set(table, update.rows, _get(table, update.rows).astype(jnp.float32) + update.sums)
 
     is_rows = lambda node: isinstance(node, RowGradient)
-    return jax.tree.map(_on_own_rows(add, lambda rows, table: table), updates, tables, is_leaf=is_rows)
+    run = functools.partial(_on_own_rows(add, lambda rows, table: table), ())
+    return jax.tree.map(run, updates, tables, is_leaf=is_rows)
 
 
 def _on_own_rows(function: Callable[..., PyTree], out: Callable[[PyTree, PyTree], PyTree]) -> Callable[..., PyTree]:
-    """`function(rows, *tables)` on each device's own part of tables [M V], or stacked ones [L M V].
+    """`function(numbers, rows, *tables)` on each device's own part of tables [M V], or stacked ones [L M V].
 
     Args:
       out: what it returns, made of the axes of rows and those of a table.
     """
 
-    def placed(gradient: RowGradient, *tables: Array) -> PyTree:
+    def placed(numbers: tuple[Array, ...], gradient: RowGradient, *tables: Array) -> PyTree:
         stacked = gradient.rows.ndim == 2
         axes = (None, *TABLE) if stacked else TABLE
         of_rows = RowGradient(axes[:-1], axes, axes[:-1])
-        run = jax.vmap(function) if stacked else function
-        return local(run, in_axes=(of_rows, *(axes for _ in tables)), out_axes=out(of_rows, axes))(gradient, *tables)
+        run = jax.vmap(function, in_axes=(None, *[0] * (1 + len(tables)))) if stacked else function
+        in_axes = (((),) * len(numbers), of_rows, *(axes for _ in tables))
+        return local(run, in_axes=in_axes, out_axes=out(of_rows, axes))(numbers, gradient, *tables)
 
     return placed
 

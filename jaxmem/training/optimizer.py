@@ -33,6 +33,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from jaxmem.sharding import current_mesh
+from jaxmem.training.lazy_adam import lazy_adam
 from jaxmem.typing import Array, Float, Int, PyTree
 
 COPIES = ("memory", "tap")
@@ -196,32 +197,6 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
                 f"optimizer: needs parameters with logical axes, got {type(variable).__name__} without axes; "
                 "make parameters with jaxmem.sharding.param"
             )
-    others = _of_parameters(config, total_steps, [v for v in variables if not is_memory_table(v)])
-    labels = ["tables" if is_memory_table(v) else "parameters" for v in variables]
-    if "tables" not in labels:
-        return others
-    tables = config.tables
-    clip = optax.identity() if tables.clip_norm is None else optax.clip_by_global_norm(tables.clip_norm)
-    adamw = optax.adamw(
-        make_table_schedule(config, total_steps), tables.b1, tables.b2, tables.eps, weight_decay=tables.weight_decay
-    )
-    groups = {"parameters": others, "tables": optax.chain(clip, adamw)}
-    return optax.partition(groups, lambda tree: _like(tree, labels))
-
-
-def make_table_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """The learning rate of memory tables."""
-    return make_schedule(dataclasses.replace(config, learning_rate=config.tables.learning_rate), total_steps)
-
-
-def is_memory_table(variable: nnx.Variable) -> bool:
-    """Whether a parameter's rows are the slots of a memory."""
-    return "slots" in getattr(variable, "axes", ())
-
-
-def _of_parameters(
-    config: OptimizerConfig, total_steps: int, variables: list[nnx.Variable]
-) -> optax.GradientTransformation:
     dimensions = [matrix_dimensions(variable) for variable in variables]
     is_matrix = [numbers is not None for numbers in dimensions]
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -236,6 +211,16 @@ def _of_parameters(
         optax.add_decayed_weights(config.weight_decay, mask=lambda tree: _like(tree, is_matrix)),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
+
+
+def make_table_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """The transformation for memory tables: of gradients that are a `RowGradient` per table (lazy), or arrays (dense)."""
+    c = config.tables
+    rate = make_schedule(dataclasses.replace(config, learning_rate=c.learning_rate), total_steps)
+    if c.update == "lazy":
+        return lazy_adam(rate, c.b1, c.b2, c.eps, c.weight_decay, c.clip_norm)
+    clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
+    return optax.chain(clip, optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay))
 
 
 def matrix_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:

@@ -3,7 +3,7 @@
 A batch has A parts of [B, T] tokens, whose gradients are added up. The target at t is the token at t+1 of the same segment;
 the loss is the mean over targets of the whole batch, however it is split into parts or devices, plus the load-balancing loss
 of the routers (mean over parts). No array of a step is as long as the sequence where devices share that, and none is as large
-as a memory table but lazy tables and their moments themselves.
+as a memory table but tables and their moments, if these are updated by rows.
 
 If the loss, a gradient or an update is not finite, the state comes back as it was and `metrics.finite` is False.
 """
@@ -23,7 +23,7 @@ from jaxmem.sharding import constrain
 from jaxmem.training.data import Batch
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.optimizer import group_norms, make_optimizer, make_schedule
-from jaxmem.training.tables import TABLES, LazyTables, rows_norm
+from jaxmem.training.tables import TABLES, TableTraining, gradients_norm
 from jaxmem.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -70,14 +70,14 @@ class StepMetrics(NamedTuple):
     load_balance: Float[Array, ""]
     """Load-balancing loss, unweighted; top_k when even."""
     grad_norm: Float[Array, ""]
-    """Before clipping; lazy tables are apart."""
+    """Before clipping; memory tables are apart."""
     learning_rate: Float[Array, ""]
     finite: Bool[Array, ""]
     """Loss, gradients and updates are finite, so the step was made."""
     grad_norms: dict[str, Float[Array, ""]]
-    """By parameter group; lazy tables are one."""
+    """By parameter group; memory tables are one."""
     param_norms: dict[str, Float[Array, ""]]
-    """By parameter group, before the step; without lazy tables, which no step reads whole."""
+    """By parameter group, before the step; without memory tables, which no step reads whole."""
     update_norms: dict[str, Float[Array, ""]]
     """By parameter group, of what is added to the parameters."""
 
@@ -85,10 +85,10 @@ class StepMetrics(NamedTuple):
 def init_state(config: TrainConfig) -> TrainState:
     """The state before the first step; jit it, so that every parameter is born where it lives."""
     model = config.model.make(rngs=nnx.Rngs(params=config.seed))
-    params, lazy = nnx.state(model, nnx.Param), LazyTables(config)
-    others, tables = lazy.split(params)
+    params, memory = nnx.state(model, nnx.Param), TableTraining(config)
+    others, tables = memory.split(params)
     opt_state = make_optimizer(config.optimizer, config.steps, others).init(others)
-    return TrainState(jnp.zeros((), jnp.int32), params, (opt_state, lazy.init(tables)) if tables else opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), params, (opt_state, memory.init(tables)) if tables else opt_state)
 
 
 def merge(config: DecoderConfig, params: nnx.State) -> Decoder:
@@ -99,10 +99,10 @@ def merge(config: DecoderConfig, params: nnx.State) -> Decoder:
 
 def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tuple[TrainState, StepMetrics]]:
     """The step of a run, to be jitted with its first argument donated."""
-    schedule, lazy = make_schedule(config.optimizer, config.steps), LazyTables(config)
+    schedule, memory = make_schedule(config.optimizer, config.steps), TableTraining(config)
 
     def loss_of_part(params, reads, tables, part: Shifted, n_targets):
-        model = lazy.attach(merge(config.model, nnx.merge_state(params, tables)), reads)
+        model = memory.attach(merge(config.model, nnx.merge_state(params, tables)), reads)
         hidden, state = model(part.tokens, segment_ids=part.segment_ids)
         sums = chunked_cross_entropy(
             hidden,
@@ -118,13 +118,13 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
 
     def step(state: TrainState, batch: Shifted) -> tuple[TrainState, StepMetrics]:
         n_targets = jnp.maximum(jnp.sum(batch.counts, dtype=jnp.float32), 1.0)
-        params, tables = lazy.split(state.params)
+        params, tables = memory.split(state.params)
         opt_state, of_tables = state.opt_state if tables else (state.opt_state, None)
         differentiated = jax.value_and_grad(loss_of_part, argnums=(0, 1), has_aux=True)
 
         def add_part(sums, part):
             part = jax.tree.map(lambda x: constrain(x, "batch", "time"), part)
-            reads = lazy.no_reads(tables, *part.tokens.shape)
+            reads = memory.no_reads(*part.tokens.shape)
             (loss, told), (grads, reads) = differentiated(params, reads, tables, part, n_targets)
             return jax.tree.map(jnp.add, sums, (loss, told, grads)), reads
 
@@ -137,16 +137,16 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
 
         grad_norm = optax.tree.norm(grads)
         updates, new_opt_state = make_optimizer(config.optimizer, config.steps, params).update(grads, opt_state, params)
-        rows = lazy.gradients(tables, reads)
-        finite = jnp.all(jnp.isfinite(jnp.stack([loss, grad_norm, optax.tree.norm(updates), rows_norm(rows)])))
+        of_rows = memory.gradients(tables, reads)
+        finite = jnp.all(jnp.isfinite(jnp.stack([loss, grad_norm, optax.tree.norm(updates), gradients_norm(of_rows)])))
         made = TrainState(state.step + 1, optax.apply_updates(params, updates), new_opt_state)
         kept = TrainState(state.step, params, opt_state)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), made, kept)
         norms = [group_norms(tree, depth=3) for tree in (grads, params, updates)]
         if tables:
-            tables, of_tables, update_norm = lazy.update(rows, of_tables, tables, finite)
+            tables, of_tables, update_norm = memory.update(of_rows, of_tables, tables, finite)
             new = TrainState(new.step, nnx.merge_state(new.params, tables), (new.opt_state, of_tables))
-            norms[0][TABLES], norms[2][TABLES] = rows_norm(rows), update_norm
+            norms[0][TABLES], norms[2][TABLES] = gradients_norm(of_rows), update_norm
         told = StepMetrics(
             nats=nats,
             n_targets=n_targets,

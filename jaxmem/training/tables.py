@@ -1,10 +1,10 @@
 """How a training step updates memory tables: apart from other parameters, and only the rows that it read.
 
-A step differentiates in the layers' `TableReads` instead of in the tables, sums what came back per row (`gradient_of_rows`),
-and hands that to `lazy_adam`. Nothing in it is as large as a table but tables and moments, of which it changes the rows that
-were read, in place: time and memory are those of the rows. With `update="dense"` tables are a group of `make_optimizer`
-with dense gradients. Either way they have their own learning rate, decay and clipping, as in Memory Layers at Scale,
-arXiv 2412.09764.
+A step differentiates in the layers' `TableReads` instead of in the tables, and sums what came back per row, of all layers and
+parts of a batch at once. With `update="lazy"` that is a gradient of the rows that were read, for `lazy_adam`: nothing is as
+large as a table but tables and moments, of which rows are changed in place, so that time and memory are those of the rows.
+With "dense" it is a table's whole gradient, for AdamW. Either way tables have their own learning rate, decay and clipping, as
+in Memory Layers at Scale, arXiv 2412.09764.
 """
 
 from typing import Any
@@ -18,38 +18,36 @@ from jaxmem.layers.table_reads import LayerReads, TableReads, ids_of, no_reads
 from jaxmem.models.decoder import Decoder, DecoderConfig
 from jaxmem.pallas_kernels.memory_lookup import RowGradient
 from jaxmem.sharding import n_shards_of
-from jaxmem.sharding.tables import gradient_of_rows
-from jaxmem.training.lazy_adam import LazyAdamState, apply_rows, lazy_adam
-from jaxmem.training.optimizer import TableOptimizerConfig, is_memory_table, make_table_schedule
+from jaxmem.sharding.tables import gradient_of_rows, gradient_of_table
+from jaxmem.training.lazy_adam import apply_rows
+from jaxmem.training.optimizer import make_table_optimizer
 from jaxmem.typing import Array, Bool, Float, PyTree
 
-Rows = dict[str, RowGradient]
+Gradients = dict[str, RowGradient | Array]
 """By the path of a table: "table/values" of all layers together, "blocks/1/memory/table/values" stacked over the repeats."""
 TABLES = "memory tables"
 """Their parameter group in metrics."""
 
 
-class LazyTables:
-    """The memory tables of a model whose rows a step updates one by one; none if `update` is "dense"."""
+class TableTraining:
+    """What a step does with the memory tables of a model; nothing if it has none."""
 
     def __init__(self, config: Any):
         """Args: config: a `TrainConfig`."""
         self._model: DecoderConfig = config.model
-        self._config: TableOptimizerConfig = config.optimizer.tables
-        c = self._config
-        rate = make_table_schedule(config.optimizer, config.steps)
-        self._optimizer = lazy_adam(rate, c.b1, c.b2, c.eps, c.weight_decay, c.clip_norm)
+        self._config = config.optimizer.tables
+        self._optimizer = make_table_optimizer(config.optimizer, config.steps)
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """(other parameters, lazy tables)."""
-        of_tables = lambda path, variable: self._config.update == "lazy" and is_memory_table(variable)
-        tables, others = nnx.split_state(params, of_tables, ...)
+        """(other parameters, tables)."""
+        tables, others = nnx.split_state(params, lambda path, variable: "slots" in variable.axes, ...)
         return others, tables
 
-    def init(self, tables: nnx.State) -> LazyAdamState:
+    def init(self, tables: nnx.State) -> PyTree:
+        """The optimiser's state."""
         return self._optimizer.init(_by_path(tables))
 
-    def no_reads(self, tables: nnx.State, batch: int, n_tokens: int) -> PyTree:
+    def no_reads(self, batch: int, n_tokens: int) -> PyTree:
         """Zeros for every memory of the pattern, stacked over the repeats: what a step differentiates in."""
 
         def of_place(memory: Any) -> LayerReads:
@@ -58,7 +56,7 @@ class LazyTables:
             one = LayerReads(zeros(memory.width(d_model)), None if memory.expert is None else zeros(d_model))
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (self._model.repeats, *x.shape)), one)
 
-        return tuple(m and of_place(m) for m in self._model.memories) if tables else ()
+        return tuple(None if memory is None else of_place(memory) for memory in self._model.memories)
 
     def attach(self, model: Decoder, reads: PyTree) -> Decoder:
         """The model whose memories pass back to `reads` instead of to their tables."""
@@ -67,41 +65,50 @@ class LazyTables:
                 block.memory.reads = nnx.data(of_place)
         return model
 
-    def gradients(self, tables: nnx.State, reads: PyTree) -> Rows:
-        """Of the rows that all parts of a batch read; reads have dimensions [parts repeats B T ..]."""
+    def gradients(self, tables: nnx.State, reads: PyTree) -> Gradients:
+        """Of all parts of a batch; reads have dimensions [parts repeats B T ..]."""
         found = {}
         for path, table in _by_path(tables).items():
             *_, kind = where = path.split("/")
             if where[0] == "blocks":  # [M V] of each repeat
                 of_layers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), getattr(reads[int(where[1])], kind))
-                found[path] = jax.lax.map(lambda layer, n=table.shape[1]: self._rows(layer, n), of_layers)
+                found[path] = jax.lax.map(lambda layer, n=table.shape[1]: self._gradient(layer, n), of_layers)
             else:
                 places = zip(reads, self._model.memories, strict=True)
                 of_layers = [getattr(of_place, kind) for of_place, m in places if m is not None and m.shared_table]
                 together = lambda *x: jnp.concatenate([a.reshape(-1, *a.shape[2:]) for a in x])
-                found[path] = self._rows(jax.tree.map(together, *of_layers), table.shape[0])
+                found[path] = self._gradient(jax.tree.map(together, *of_layers), table.shape[0])
         return found
 
-    def _rows(self, reads: TableReads, n_rows: int) -> RowGradient:
+    def _gradient(self, reads: TableReads, n_rows: int) -> RowGradient | Array:
+        factors = ids_of(reads), reads.weights, reads.y
+        if self._config.update == "dense":
+            return gradient_of_table(*factors, n_rows)
         most = min(n_rows // n_shards_of("slots"), reads.weights.size, self._config.max_rows or n_rows)
-        return gradient_of_rows(ids_of(reads), reads.weights, reads.y, n_rows, most)
+        return gradient_of_rows(*factors, n_rows, most)
 
     def update(
-        self, gradients: Rows, state: LazyAdamState, tables: nnx.State, finite: Bool[Array, ""]
-    ) -> tuple[nnx.State, LazyAdamState, Float[Array, ""]]:
-        """(tables, state, norm of the updates) after a step; if it is not finite, no row is."""
-        nowhere = lambda g: jnp.where(finite, g.rows, jnp.iinfo(jnp.int32).max)
-        gradients = {path: g._replace(rows=nowhere(g)) for path, g in gradients.items()}
-        arrays = _by_path(tables)
-        updates, new = self._optimizer.update(gradients, state, arrays)
-        arrays, new = apply_rows(arrays, updates), new._replace(count=jnp.where(finite, new.count, state.count))
+        self, gradients: Gradients, state: PyTree, tables: nnx.State, finite: Bool[Array, ""]
+    ) -> tuple[nnx.State, PyTree, Float[Array, ""]]:
+        """(tables, state, norm of the updates) after a step; if it is not finite, they are as before."""
+        arrays, if_finite = _by_path(tables), lambda new, old: jnp.where(finite, new, old)
+        if self._config.update == "lazy":
+            nowhere = jnp.iinfo(jnp.int32).max
+            gradients = {path: g._replace(rows=if_finite(g.rows, nowhere)) for path, g in gradients.items()}
+            updates, new = self._optimizer.update(gradients, state, arrays)
+            arrays, new = apply_rows(arrays, updates), new._replace(count=if_finite(new.count, state.count))
+        else:
+            updates, new = self._optimizer.update(gradients, state, arrays)
+            changed = optax.apply_updates(arrays, updates), new
+            arrays, new = jax.tree.map(if_finite, changed, (arrays, state))
         variables = [(path, v.replace(arrays[_name(path)])) for path, v in nnx.to_flat_state(tables)]
-        return nnx.from_flat_state(variables), new, rows_norm(updates)
+        return nnx.from_flat_state(variables), new, gradients_norm(updates)
 
 
-def rows_norm(rows: Rows) -> Float[Array, ""]:
-    """L2 norm of the sums of all tables."""
-    return jnp.float32(optax.tree.norm([of_table.sums for of_table in rows.values()])) if rows else jnp.zeros(())
+def gradients_norm(gradients: Gradients) -> Float[Array, ""]:
+    """L2 norm of all tables' gradients or updates."""
+    arrays = [g.sums if isinstance(g, RowGradient) else g for g in gradients.values()]
+    return optax.tree.norm(arrays) if arrays else jnp.zeros(())
 
 
 def _by_path(tables: nnx.State) -> dict[str, Array]:
