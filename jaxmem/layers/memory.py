@@ -34,7 +34,7 @@ from jaxmem.layers.product_keys import ProductKeys, ProductKeysConfig, product_t
 from jaxmem.layers.table_reads import record_bag, record_dots
 from jaxmem.sharding import constrain, einsum, local, param
 from jaxmem.sharding.tables import CHOICES, TABLE, X, bag, dots
-from jaxmem.typing import Array, Float, Int
+from jaxmem.typing import Array, DTypeLike, Float, Int
 
 Score = Literal["softmax", "relu", "sigmoid"]
 Activation = Literal["gelu", "relu", "silu"]
@@ -59,6 +59,8 @@ class MemoryConfig:
     output: Literal["plain", "swilu"] = "plain"
     gated: bool = False
     """Multiply the output by sigmoid(w . x), one number per token."""
+    table_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the table as it is stored; rows are summed, and their gradients, in fp32."""
     shared_table: bool = False
     """The table is an argument of the call instead of a part of the layer."""
     placement: Literal["replace", "beside"] = "replace"
@@ -66,7 +68,8 @@ class MemoryConfig:
 
     def __post_init__(self):
         known = {"score": Score, "expert": Activation, "output": Literal["plain", "swilu"]}
-        for name, kind in (known | {"placement": Literal["replace", "beside"]}).items():
+        known |= {"placement": Literal["replace", "beside"], "table_dtype": Literal["float32", "bfloat16"]}
+        for name, kind in known.items():
             value = getattr(self, name)
             if value not in get_args(kind) and not (name == "expert" and value is None):
                 raise ValueError(
@@ -101,7 +104,7 @@ class MemoryConfig:
     def make_table(self, d_model: int, *, rngs: nnx.Rngs) -> "MemoryTable":
         """A table that fits this layer, to be shared."""
         d_input = None if self.expert is None else d_model
-        return MemoryTable(self.keys.n_slots, self.width(d_model), d_input, rngs=rngs)
+        return MemoryTable(self.keys.n_slots, self.width(d_model), d_input, rngs=rngs, dtype=self.table_dtype)
 
 
 def pkm(n_slots: int = 512**2) -> MemoryConfig:
@@ -133,7 +136,9 @@ class MemoryTable(nnx.Module):
     (16, 8)
     """
 
-    def __init__(self, n_slots: int, width: int, d_input: int | None = None, *, rngs: nnx.Rngs):
+    def __init__(
+        self, n_slots: int, width: int, d_input: int | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ):
         """Entries of values have variance 1 / V, as in XLM, and those of inputs 1 / D.
 
         Args:
@@ -141,10 +146,12 @@ class MemoryTable(nnx.Module):
           width: V, of a value.
           d_input: D, of an expert's input vector; None: there are none.
           rngs: `params` draws the table.
+          dtype: as it is stored.
         """
         normal = lambda width: jax.nn.initializers.normal(width**-0.5)
-        self.values = param(rngs, normal(width), (n_slots, width), TABLE)
-        self.inputs = None if d_input is None else param(rngs, normal(d_input), (n_slots, d_input), TABLE)
+        rows = lambda width: param(rngs, normal(width), (n_slots, width), TABLE, dtype)
+        self.values = rows(width)
+        self.inputs = None if d_input is None else rows(d_input)
 
 
 class Memory(nnx.Module):
