@@ -57,6 +57,24 @@ def lazy_adam(
     >>> [round(x, 4) for x in apply_rows(table, updates)[:, 0].tolist()]
     [0.0, 0.0, 0.0, -0.1, 0.0]
     """
+    return _adam_of_rows(learning_rate, b1, b2, lambda count: eps, weight_decay, clip_norm)
+
+
+def sparse_adam(
+    learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """The same as torch.optim.SparseAdam does it: eps is added before the bias of v is corrected, as eps / sqrt(1 - b2^t)."""
+    return _adam_of_rows(learning_rate, b1, b2, lambda count: eps / jnp.sqrt(1 - b2**count), 0.0, None)
+
+
+def _adam_of_rows(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float,
+    b2: float,
+    eps: Callable[[Array], Array | float],
+    weight_decay: float,
+    clip_norm: float | None,
+) -> optax.GradientTransformation:
     is_rows = lambda node: isinstance(node, RowGradient)
 
     def init(tables: PyTree) -> LazyAdamState:
@@ -78,7 +96,7 @@ def lazy_adam(
             count, rate = numbers
             rows, g = gradient.rows, gradient.sums
             m, v = b1 * _get(mu, rows) + (1 - b1) * g, b2 * _get(nu, rows) + (1 - b2) * g**2
-            step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+            step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps(count))
             if weight_decay:
                 step += weight_decay * _get(table, rows).astype(jnp.float32)
             return gradient._replace(sums=-rate * step), _set(mu, rows, m), _set(nu, rows, v)
