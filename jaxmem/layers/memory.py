@@ -1,9 +1,9 @@
 """Memory layers: every token reads a few of very many learned slots, found by product keys.
 
-    best k slots of each head h:  ids, s = product keys of W_q x          w = softmax(s), relu(s) or sigmoid(s), fp32
+    best k slots of each head h:  ids, s = product keys of W_q x          w = softmax(s), relu(s), sigmoid(s) or s, fp32
     y = sum_h sum_j w_hj v[ids_hj]                                        values
     y = sum_h sum_j w_hj act(u[ids_hj] . x) v[ids_hj]                     experts of one neuron each (PEER)
-    out = y,  or W_o (y * silu(W_g x + b_g)) + b_o ("swilu"),  and sigmoid(w . x) times that (gated)
+    out = y,  W_o y ("linear"),  or W_o (y * silu(W_g x + b_g)) + b_o ("swilu"),  and sigmoid(w . x) times that (gated)
 
 A token reads by itself: no other token changes its output, so the layer needs no state, and stands where a feed-forward does.
 All heads read one table [M V]. The table belongs to the layer, or is a `MemoryTable` that the caller passes in each call and
@@ -14,8 +14,8 @@ numbers read. Parameters: M V (and M D), of which a token reads H k rows. Under 
 and heads from a whole table; what is stored of it is split like other parameters along its width.
 
 Reference: Lample et al. 2019, arXiv 1907.05242 (`pkm`); Berges et al. 2024, Memory Layers at Scale, arXiv 2412.09764
-(`memory_plus`); He 2024, Mixture of A Million Experts, arXiv 2407.04153 (`peer`); relu instead of softmax: Csordas et al.
-2023, arXiv 2310.10837.
+(`memory_plus`); He 2024, Mixture of A Million Experts, arXiv 2407.04153 (`peer`); Huang et al. 2024, Ultra-Sparse Memory
+Network, arXiv 2411.12364 (`ultramem`); relu instead of softmax: Csordas et al. 2023, arXiv 2310.10837.
 Where this differs from published code: the shared pool of Memory Layers at Scale is an attribute of a class there, so that
 two models of one process share it unasked, here it is an argument; that code has none of the paper's normalisation of queries
 and keys, here it is an option; PEER-pytorch keeps one expert per head whatever it is asked for when scores do not compete
@@ -30,13 +30,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.product_keys import ProductKeys, ProductKeysConfig, product_top_k
+from jaxmem.layers.product_keys import ProductKeysConfig
+from jaxmem.layers.tucker_keys import TuckerKeysConfig
 from jaxmem.pallas_kernels.memory_lookup import bag, dots
 from jaxmem.sharding import constrain, einsum, local, param, sum_over
 from jaxmem.sharding.folds import spread_like
 from jaxmem.typing import Array, Float, Int
 
-Score = Literal["softmax", "relu", "sigmoid"]
+Score = Literal["softmax", "relu", "sigmoid", "linear"]
+Output = Literal["plain", "linear", "swilu"]
 Activation = Literal["gelu", "relu", "silu"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -47,16 +49,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """A memory layer; `pkm`, `memory_plus` and `peer` are published ones."""
+    """A memory layer; `pkm`, `memory_plus`, `peer` and `ultramem` are published ones."""
 
     keys: ProductKeysConfig = ProductKeysConfig()
     score: Score = "softmax"
-    """What makes weights of scores: softmax over the k slots of a head, or each score by itself."""
+    """What makes weights of scores: softmax over the k slots of a head, or each score by itself ("linear": as it is)."""
     expert: Activation | None = None
     """Slots are neurons with this activation, and have an input vector too; None: slots are values."""
     value_dim: int | None = None
     """V: width of a value; None is d_model, which a plain output needs."""
-    output: Literal["plain", "swilu"] = "plain"
+    output: Output = "plain"
     gated: bool = False
     """Multiply the output by sigmoid(w . x), one number per token."""
     shared_table: bool = False
@@ -65,7 +67,7 @@ class MemoryConfig:
     """In a decoder's block: instead of the feed-forward, or added to it."""
 
     def __post_init__(self):
-        known = {"score": Score, "expert": Activation, "output": Literal["plain", "swilu"]}
+        known = {"score": Score, "expert": Activation, "output": Output}
         for name, kind in (known | {"placement": Literal["replace", "beside"]}).items():
             value = getattr(self, name)
             if value not in get_args(kind) and not (name == "expert" and value is None):
@@ -79,7 +81,7 @@ class MemoryConfig:
         if width < 1 or (self.output == "plain" and width != d_model):
             raise ValueError(
                 f"memory: needs value_dim=d_model for a plain output, and at least 1, got value_dim={width}, "
-                f"d_model={d_model}; leave value_dim out or use output='swilu'"
+                f"d_model={d_model}; leave value_dim out or use another output"
             )
         return width
 
@@ -88,12 +90,12 @@ class MemoryConfig:
         return self.width(d_model) + (0 if self.expert is None else d_model)
 
     def lookup_flops(self, d_model: int) -> int:
-        """Forward FLOPs per token that are not 2 x parameters: those of the rows that are read.
+        """Forward FLOPs per token that are not 2 x parameters: those of the rows that are read, and of finding them.
 
         >>> MemoryConfig(ProductKeysConfig(n_slots=16, n_heads=2, top_k=3)).lookup_flops(8)
         96
         """
-        return 2 * self.keys.n_reads * self.row_numbers(d_model)
+        return 2 * self.keys.n_reads * self.row_numbers(d_model) + self.keys.search_flops
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Memory":
         return Memory(self, d_model, rngs=rngs)
@@ -121,6 +123,15 @@ def peer(n_experts: int = 1024**2) -> MemoryConfig:
     """PEER: a million experts of one neuron, 8 heads of 16; LayerNorm of queries instead of the paper's over the batch."""
     keys = ProductKeysConfig(n_experts, n_heads=8, top_k=16, query_norm="layer", query_bias=False)
     return MemoryConfig(keys, expert="gelu")
+
+
+def ultramem(n_slots: int = 360**2, value_dim: int = 192) -> MemoryConfig:
+    """UltraMem: keys scored through a Tucker core, weights without softmax, narrow values and W_o; for d_model 768.
+
+    Not the whole of the paper's layer: see `tucker_keys` for what it leaves out. Train with `rank_penalty` of its core.
+    """
+    keys = TuckerKeysConfig(n_slots, n_heads=1, top_k=32, key_dim=384, query_bias=False)
+    return MemoryConfig(keys, score="linear", value_dim=value_dim, output="linear")
 
 
 _TABLE = ("slots", "embed")
@@ -162,12 +173,13 @@ class Memory(nnx.Module):
     def __init__(self, config: MemoryConfig, d_model: int, *, rngs: nnx.Rngs):
         self.config, self.d_model = config, d_model
         width = config.width(d_model)
-        self.keys = ProductKeys(config.keys, d_model, rngs=rngs)
+        self.keys = config.keys.make(d_model, rngs=rngs)
         init, zeros = jax.nn.initializers.lecun_normal(), jax.nn.initializers.zeros
         swilu = config.output == "swilu"
         self.gate = param(rngs, init, (d_model, width), ("embed", "value")) if swilu else None
         self.gate_bias = param(rngs, zeros, (width,), ("value",)) if swilu else None
-        self.out = param(rngs, init, (width, d_model), ("value", "embed")) if swilu else None
+        plain = config.output == "plain"
+        self.out = None if plain else param(rngs, init, (width, d_model), ("value", "embed"))
         self.out_bias = param(rngs, zeros, (d_model,), ("embed",)) if swilu else None
         normal = jax.nn.initializers.normal(d_model**-0.5)
         self.token_gate = param(rngs, normal, (d_model,), ("embed",)) if config.gated else None
@@ -184,10 +196,12 @@ class Memory(nnx.Module):
         """
         table = self._table(table)
         y = self._read(x, table).astype(x.dtype)
-        if self.config.output == "swilu":
+        if self.gate is not None:
             wide = ("batch", "time", "value")
-            gate = einsum("btd,dv->btv", x, self.gate[...], wide) + self.gate_bias[...].astype(x.dtype)
-            y = einsum("btv,vd->btd", y * jax.nn.silu(gate), self.out[...], _X)
+            y = y * jax.nn.silu(einsum("btd,dv->btv", x, self.gate[...], wide) + self.gate_bias[...].astype(x.dtype))
+        if self.out is not None:
+            y = einsum("btv,vd->btd", y, self.out[...], _X)
+        if self.out_bias is not None:
             y = y + constrain(self.out_bias[...], "embed").astype(x.dtype)
         if self.token_gate is not None:
             gate = einsum("btd,d->bt", x.astype(jnp.float32), self.token_gate[...], ("batch", "time"))
@@ -199,7 +213,7 @@ class Memory(nnx.Module):
         return local(self._choose, in_axes=(_SCORES,), out_axes=(CHOICES, CHOICES))(self.keys(x))
 
     def _choose(self, scores: Float[Array, "B T H parts subkeys"]) -> tuple[Array, Array]:
-        best = product_top_k(scores, self.config.keys.top_k)
+        best = self.keys.choose(scores)
         return best.ids, weights_of(best.scores, self.config.score)
 
     def _read(self, x: Float[Array, "B T D"], table: MemoryTable) -> Float[Array, "B T V"]:
@@ -244,4 +258,5 @@ def weights_of(scores: Float[Array, "*batch k"], kind: Score) -> Float[Array, "*
     ([0.5, 0.5, 0.0], [2.0, 0.0])
     """
     scores = scores.astype(jnp.float32)
-    return {"softmax": jax.nn.softmax, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}[kind](scores)
+    kinds = {"softmax": jax.nn.softmax, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid, "linear": lambda scores: scores}
+    return kinds[kind](scores)
