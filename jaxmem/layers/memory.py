@@ -85,9 +85,13 @@ class MemoryConfig:
             )
         return width
 
-    def row_numbers(self, d_model: int) -> int:
-        """Numbers in a slot's row: the value, and an expert's input vector."""
-        return self.width(d_model) + (0 if self.expert is None else d_model)
+    def table_shape(self, d_model: int) -> tuple[int, int, int | None]:
+        """Slots, width of a value, width of an expert's input vector."""
+        return self.keys.n_slots, self.width(d_model), None if self.expert is None else d_model
+
+    def numbers_read(self, d_model: int) -> int:
+        """Numbers in the rows that a token reads: values, and experts' input vectors."""
+        return self.keys.n_reads * (self.width(d_model) + (0 if self.expert is None else d_model))
 
     def lookup_flops(self, d_model: int) -> int:
         """Forward FLOPs per token that are not 2 x parameters: those of the rows that are read, and of finding them.
@@ -95,15 +99,14 @@ class MemoryConfig:
         >>> MemoryConfig(ProductKeysConfig(n_slots=16, n_heads=2, top_k=3)).lookup_flops(8)
         96
         """
-        return 2 * self.keys.n_reads * self.row_numbers(d_model) + self.keys.search_flops
+        return 2 * self.numbers_read(d_model) + self.keys.search_flops
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Memory":
         return Memory(self, d_model, rngs=rngs)
 
     def make_table(self, d_model: int, *, rngs: nnx.Rngs) -> "MemoryTable":
         """A table that fits this layer, to be shared."""
-        d_input = None if self.expert is None else d_model
-        return MemoryTable(self.keys.n_slots, self.width(d_model), d_input, rngs=rngs)
+        return MemoryTable(*self.table_shape(d_model), rngs=rngs)
 
 
 def pkm(n_slots: int = 512**2) -> MemoryConfig:
@@ -241,8 +244,7 @@ class Memory(nnx.Module):
             )
         if table is None:
             return self.table
-        d_input = None if self.config.expert is None else self.d_model
-        want = self.config.keys.n_slots, self.config.width(self.d_model), d_input
+        want = self.config.table_shape(self.d_model)
         got = *table.values.shape, None if table.inputs is None else table.inputs.shape[1]
         if got != want:
             raise ValueError(
