@@ -94,10 +94,30 @@ def leading_singular_vectors(core: Float[Array, "*H r r"]) -> tuple[Float[Array,
     >>> u.tolist(), v.tolist()
     ([1.0, 0.0], [0.0, 1.0])
     """
-    left, _, right = jnp.linalg.svd(jax.lax.stop_gradient(core))
-    u, v = left[..., :, 0], right[..., 0, :]
+    u, v = _leading(core)
     sign = jnp.where(jnp.sum(u + v, axis=-1, keepdims=True) < 0, -1, 1).astype(u.dtype)
-    return jax.lax.stop_gradient(sign * u), jax.lax.stop_gradient(sign * v)
+    return sign * u, sign * v
+
+
+def _leading(core: Float[Array, "*H r r"]) -> tuple[Float[Array, "*H r"], Float[Array, "*H r"]]:
+    """u and v without LAPACK, whose batched routines can wait for each other: in closed form for r = 2, else by squaring
+    C C^T thirty times. v is 0 for a core of zeros."""
+    core = jax.lax.stop_gradient(core)
+    product = lambda a, b: jnp.einsum("...ij,...jk->...ik", a, b, precision="highest")
+    squares = product(core, core.mT)
+    if core.shape[-1] == 2:
+        angle = jnp.arctan2(2 * squares[..., 0, 1], squares[..., 0, 0] - squares[..., 1, 1]) / 2
+        u = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    else:
+        scaled = lambda a: a / jnp.maximum(jnp.trace(a, axis1=-2, axis2=-1)[..., None, None], 1e-30)
+        power = jax.lax.fori_loop(0, 30, lambda _, a: scaled(product(a, a)), scaled(squares))
+        column = jnp.argmax(jnp.sum(power**2, axis=-2), axis=-1)
+        u = _unit(jnp.take_along_axis(power, column[..., None, None], axis=-1)[..., 0])
+    return u, _unit(jnp.einsum("...i,...ij->...j", u, core, precision="highest"))
+
+
+def _unit(x: Float[Array, "*H r"]) -> Float[Array, "*H r"]:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
 
 
 def rank_penalty(core: Float[Array, "*H r r"], limit: float = 0.15) -> Float[Array, ""]:
@@ -119,12 +139,19 @@ def rank_penalty(core: Float[Array, "*H r r"], limit: float = 0.15) -> Float[Arr
 
 
 def second_singular_values(core: Float[Array, "*H r r"]) -> Float[Array, "*H r-1"]:
-    """All but the largest, descending; differentiable."""
+    """All singular values but the largest, descending; the gradient of each is u v^T, its singular vectors'."""
+
+    def values(core):
+        found, rest = [], jax.lax.stop_gradient(core)
+        for _ in range(core.shape[-1]):
+            u, v = _leading(rest)
+            found.append(jnp.einsum("...i,...ij,...j->...", u, core, v, precision="highest"))
+            rest = rest - jax.lax.stop_gradient(found[-1])[..., None, None] * u[..., :, None] * v[..., None, :]
+        return jnp.stack(found[1:], axis=-1)
+
     axes = (*(None,) * (core.ndim - 3), "heads")[: core.ndim - 2]
-    values = local(
-        lambda core: jnp.linalg.svd(core, compute_uv=False), in_axes=((*axes, None, None),), out_axes=(*axes, None)
-    )
-    return values(constrain(core, *axes, None, None))[..., 1:]
+    of_heads = local(values, in_axes=((*axes, None, None),), out_axes=(*axes, None))
+    return of_heads(constrain(core, *axes, None, None))
 
 
 def tucker_top_k(

@@ -108,30 +108,41 @@ def test_gradients_are_those_of_the_chosen_slots_written_out(way):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_singular_vectors_are_those_of_the_best_approximation_and_have_no_gradient():
-    cores = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3, 3)), jnp.float32)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_singular_vectors_are_those_of_the_best_approximation_and_have_no_gradient(rank):
+    cores = jnp.asarray(np.random.default_rng(0).normal(size=(50, rank, rank)), jnp.float32)
     u, v = jax.jit(leading_singular_vectors)(cores)
     sigma = np.linalg.svd(cores, compute_uv=False)[:, 0]
     np.testing.assert_allclose(np.einsum("hr,hrq,hq->h", u, cores, v), sigma, rtol=1e-5)
+    np.testing.assert_allclose([np.linalg.norm(a, axis=-1) for a in (u, v)], np.ones((2, 50)), rtol=1e-5)
     assert np.all(np.sum(u + v, axis=-1) >= 0)
     assert not np.any(jax.grad(lambda core: sum(map(jnp.sum, leading_singular_vectors(core))))(cores[0]))
-    positive = jnp.abs(cores)
-    assert all(np.all(np.asarray(vector) > 0) for vector in leading_singular_vectors(positive))
+    assert all(np.all(np.asarray(vector) > 0) for vector in jax.jit(leading_singular_vectors)(jnp.abs(cores)))
 
 
-def test_the_penalty_and_its_gradient():
-    rng = np.random.default_rng(0)
-    cores = rng.normal(size=(4, 2, 2)).astype(np.float32)
-    sigma = np.linalg.svd(cores, compute_uv=False)[:, 1]
-    penalty = jax.jit(rank_penalty)
-    np.testing.assert_allclose(penalty(cores), np.mean(np.maximum(sigma - 0.15, 0) ** 2), rtol=1e-5)
-    got, step = jax.jit(jax.grad(penalty))(cores), 1e-3
+@pytest.mark.parametrize("rank", [2, 3])
+def test_the_penalty_and_its_gradient(rank):
+    cores = np.random.default_rng(0).normal(size=(4, rank, rank))
+    sigma = np.linalg.svd(cores, compute_uv=False)[:, 1:]
+    single, penalty = jnp.asarray(cores, jnp.float32), jax.jit(rank_penalty)
+    np.testing.assert_allclose(penalty(single), np.mean(np.maximum(sigma - 0.15, 0) ** 2), rtol=1e-4)
+
+    def of_numpy(cores):
+        return np.mean(np.maximum(np.linalg.svd(cores, compute_uv=False)[:, 1:] - 0.15, 0) ** 2)
+
+    got, step = jax.jit(jax.grad(penalty))(single), 1e-5
     for place in np.ndindex(*cores.shape):
-        moved = [cores.copy() for _ in range(2)]
-        moved[0][place] += step
-        moved[1][place] -= step
-        difference = float(penalty(moved[0]) - penalty(moved[1])) / (2 * step)
-        np.testing.assert_allclose(got[place], difference, atol=2e-3)
+        moved = np.stack([cores, cores])
+        moved[(slice(None), *place)] += step, -step
+        np.testing.assert_allclose(got[place], (of_numpy(moved[0]) - of_numpy(moved[1])) / (2 * step), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_equal_singular_values_are_found(rank):
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(rank, rank)))[0]
+    core = jnp.asarray(2 * rotation, jnp.float32)
+    np.testing.assert_allclose(second_singular_values(core), 2 * np.ones(rank - 1), rtol=1e-5)
+    assert np.all(np.isfinite(jax.grad(rank_penalty)(core)))
 
 
 @pytest.mark.parametrize("core", [np.eye(2), np.zeros((2, 2)), CORES["rank 1"]], ids=["equal", "zero", "rank 1"])
