@@ -1,9 +1,9 @@
 """Memory layers: every token reads a few of very many learned slots, found by product keys.
 
-    best k slots of each head h:  ids, s = product keys of W_q x          w = softmax(s), relu(s) or sigmoid(s), fp32
+    best k slots of each head h:  ids, s = product keys of W_q x          w = softmax(s), relu(s), sigmoid(s) or s, fp32
     y = sum_h sum_j w_hj v[ids_hj]                                        values
     y = sum_h sum_j w_hj act(u[ids_hj] . x) v[ids_hj]                     experts of one neuron each (PEER)
-    out = y,  or W_o (y * silu(W_g x + b_g)) + b_o ("swilu"),  and sigmoid(w . x) times that (gated)
+    out = y,  W_o y ("linear"),  or W_o (y * silu(W_g x + b_g)) + b_o ("swilu"),  and sigmoid(w . x) times that (gated)
 
 A token reads by itself: no other token changes its output, so the layer needs no state, and stands where a feed-forward does.
 All heads read one table [M V]. The table belongs to the layer, or is a `MemoryTable` that the caller passes in each call and
@@ -14,8 +14,8 @@ numbers read. Parameters: M V (and M D), of which a token reads H k rows. Under 
 and read where it is (`jaxmem.sharding.tables`).
 
 Reference: Lample et al. 2019, arXiv 1907.05242 (`pkm`); Berges et al. 2024, Memory Layers at Scale, arXiv 2412.09764
-(`memory_plus`); He 2024, Mixture of A Million Experts, arXiv 2407.04153 (`peer`); relu instead of softmax: Csordas et al.
-2023, arXiv 2310.10837.
+(`memory_plus`); He 2024, Mixture of A Million Experts, arXiv 2407.04153 (`peer`); Huang et al. 2024, Ultra-Sparse Memory
+Network, arXiv 2411.12364 (`ultramem`); relu instead of softmax: Csordas et al. 2023, arXiv 2310.10837.
 Where this differs from published code: the shared pool of Memory Layers at Scale is an attribute of a class there, so that
 two models of one process share it unasked, here it is an argument; that code has none of the paper's normalisation of queries
 and keys, here it is an option; PEER-pytorch keeps one expert per head whatever it is asked for when scores do not compete
@@ -23,43 +23,38 @@ and keys, here it is an option; PEER-pytorch keeps one expert per head whatever 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.product_keys import ProductKeys, ProductKeysConfig, product_top_k
-from jaxmem.layers.table_reads import record_bag, record_dots
+from jaxmem.layers.memory_table import Activation, MemoryTable, TableDtype, table_to_read
+from jaxmem.layers.product_keys import ProductKeysConfig
+from jaxmem.layers.tucker_keys import TuckerKeysConfig
 from jaxmem.sharding import constrain, einsum, local, param
-from jaxmem.sharding.tables import CHOICES, TABLE, X, bag, dots
-from jaxmem.typing import Array, DTypeLike, Float, Int
+from jaxmem.sharding.tables import CHOICES, X
+from jaxmem.typing import Array, Float, Int
 
-Score = Literal["softmax", "relu", "sigmoid"]
-Activation = Literal["gelu", "relu", "silu"]
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
+Score = Literal["softmax", "relu", "sigmoid", "linear"]
+Output = Literal["plain", "linear", "swilu"]
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """A memory layer; `pkm`, `memory_plus` and `peer` are published ones."""
+    """A memory layer; `pkm`, `memory_plus`, `peer` and `ultramem` are published ones."""
 
     keys: ProductKeysConfig = ProductKeysConfig()
     score: Score = "softmax"
-    """What makes weights of scores: softmax over the k slots of a head, or each score by itself."""
+    """What makes weights of scores: softmax over the k slots of a head, or each score by itself ("linear": as it is)."""
     expert: Activation | None = None
     """Slots are neurons with this activation, and have an input vector too; None: slots are values."""
     value_dim: int | None = None
     """V: width of a value; None is d_model, which a plain output needs."""
-    output: Literal["plain", "swilu"] = "plain"
+    output: Output = "plain"
     gated: bool = False
     """Multiply the output by sigmoid(w . x), one number per token."""
-    table_dtype: Literal["float32", "bfloat16"] = "float32"
+    table_dtype: TableDtype = "float32"
     """Of the table as it is stored; rows are summed, and their gradients, in fp32."""
     shared_table: bool = False
     """The table is an argument of the call instead of a part of the layer."""
@@ -67,9 +62,8 @@ class MemoryConfig:
     """In a decoder's block: instead of the feed-forward, or added to it."""
 
     def __post_init__(self):
-        known = {"score": Score, "expert": Activation, "output": Literal["plain", "swilu"]}
-        known |= {"placement": Literal["replace", "beside"], "table_dtype": Literal["float32", "bfloat16"]}
-        for name, kind in known.items():
+        known = {"score": Score, "expert": Activation, "output": Output, "table_dtype": TableDtype}
+        for name, kind in (known | {"placement": Literal["replace", "beside"]}).items():
             value = getattr(self, name)
             if value not in get_args(kind) and not (name == "expert" and value is None):
                 raise ValueError(
@@ -82,29 +76,39 @@ class MemoryConfig:
         if width < 1 or (self.output == "plain" and width != d_model):
             raise ValueError(
                 f"memory: needs value_dim=d_model for a plain output, and at least 1, got value_dim={width}, "
-                f"d_model={d_model}; leave value_dim out or use output='swilu'"
+                f"d_model={d_model}; leave value_dim out or use another output"
             )
         return width
 
-    def row_numbers(self, d_model: int) -> int:
-        """Numbers in a slot's row: the value, and an expert's input vector."""
-        return self.width(d_model) + (0 if self.expert is None else d_model)
+    def table_shape(self, d_model: int) -> tuple[int, int, int | None]:
+        """Slots, width of a value, width of an expert's input vector."""
+        return self.keys.n_slots, self.width(d_model), None if self.expert is None else d_model
+
+    choice_axes = CHOICES
+
+    @property
+    def choices(self) -> tuple[int, int]:
+        """Heads, and slots that each reads per token."""
+        return self.keys.n_heads, self.keys.top_k
+
+    def numbers_read(self, d_model: int) -> int:
+        """Numbers in the rows that a token reads: values, and experts' input vectors."""
+        return self.keys.n_reads * (self.width(d_model) + (0 if self.expert is None else d_model))
 
     def lookup_flops(self, d_model: int) -> int:
-        """Forward FLOPs per token that are not 2 x parameters: those of the rows that are read.
+        """Forward FLOPs per token that are not 2 x parameters: those of the rows that are read, and of finding them.
 
         >>> MemoryConfig(ProductKeysConfig(n_slots=16, n_heads=2, top_k=3)).lookup_flops(8)
         96
         """
-        return 2 * self.keys.n_reads * self.row_numbers(d_model)
+        return 2 * self.numbers_read(d_model) + self.keys.search_flops
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "Memory":
         return Memory(self, d_model, rngs=rngs)
 
     def make_table(self, d_model: int, *, rngs: nnx.Rngs) -> "MemoryTable":
         """A table that fits this layer, to be shared."""
-        d_input = None if self.expert is None else d_model
-        return MemoryTable(self.keys.n_slots, self.width(d_model), d_input, rngs=rngs, dtype=self.table_dtype)
+        return MemoryTable(*self.table_shape(d_model), rngs=rngs, dtype=self.table_dtype)
 
 
 def pkm(n_slots: int = 512**2) -> MemoryConfig:
@@ -126,32 +130,16 @@ def peer(n_experts: int = 1024**2) -> MemoryConfig:
     return MemoryConfig(keys, expert="gelu")
 
 
-_SCORES = ("batch", "time", "heads", None, None)
+def ultramem(n_slots: int = 360**2, value_dim: int = 192) -> MemoryConfig:
+    """UltraMem: keys scored through a Tucker core, weights without softmax, narrow values and W_o; for d_model 768.
 
-
-class MemoryTable(nnx.Module):
-    """The rows of a memory: one value per slot, and for experts one input vector.
-
-    >>> MemoryTable(16, 8, rngs=nnx.Rngs(0)).values.shape
-    (16, 8)
+    Not the whole of the paper's layer: see `tucker_keys` for what it leaves out. Train with `rank_penalty` of its core.
     """
+    keys = TuckerKeysConfig(n_slots, n_heads=1, top_k=32, key_dim=384, query_bias=False)
+    return MemoryConfig(keys, score="linear", value_dim=value_dim, output="linear")
 
-    def __init__(
-        self, n_slots: int, width: int, d_input: int | None = None, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
-    ):
-        """Entries of values have variance 1 / V, as in XLM, and those of inputs 1 / D.
 
-        Args:
-          n_slots: rows M.
-          width: V, of a value.
-          d_input: D, of an expert's input vector; None: there are none.
-          rngs: `params` draws the table.
-          dtype: as it is stored.
-        """
-        normal = lambda width: jax.nn.initializers.normal(width**-0.5)
-        rows = lambda width: param(rngs, normal(width), (n_slots, width), TABLE, dtype)
-        self.values = rows(width)
-        self.inputs = None if d_input is None else rows(d_input)
+_SCORES = ("batch", "time", "heads", None, None)
 
 
 class Memory(nnx.Module):
@@ -166,12 +154,13 @@ class Memory(nnx.Module):
     def __init__(self, config: MemoryConfig, d_model: int, *, rngs: nnx.Rngs):
         self.config, self.d_model = config, d_model
         width = config.width(d_model)
-        self.keys = ProductKeys(config.keys, d_model, rngs=rngs)
+        self.keys = config.keys.make(d_model, rngs=rngs)
         init, zeros = jax.nn.initializers.lecun_normal(), jax.nn.initializers.zeros
         swilu = config.output == "swilu"
         self.gate = param(rngs, init, (d_model, width), ("embed", "value")) if swilu else None
         self.gate_bias = param(rngs, zeros, (width,), ("value",)) if swilu else None
-        self.out = param(rngs, init, (width, d_model), ("value", "embed")) if swilu else None
+        plain = config.output == "plain"
+        self.out = None if plain else param(rngs, init, (width, d_model), ("value", "embed"))
         self.out_bias = param(rngs, zeros, (d_model,), ("embed",)) if swilu else None
         normal = jax.nn.initializers.normal(d_model**-0.5)
         self.token_gate = param(rngs, normal, (d_model,), ("embed",)) if config.gated else None
@@ -191,12 +180,16 @@ class Memory(nnx.Module):
 
         Raises: ValueError for a table that is missing, not asked for, or of other shapes.
         """
-        table = self._table(table)
-        y = self._read(x, table, None if self.config.shared_table else layer).astype(x.dtype)
-        if self.config.output == "swilu":
+        table = table_to_read("memory", self, table)
+        ids, weights = self.choose(x)
+        layer = None if self.config.shared_table else layer
+        y = table.read(x, ids, weights, self.config.expert, self.reads, layer).astype(x.dtype)
+        if self.gate is not None:
             wide = ("batch", "time", "value")
-            gate = einsum("btd,dv->btv", x, self.gate[...], wide) + self.gate_bias[...].astype(x.dtype)
-            y = einsum("btv,vd->btd", y * jax.nn.silu(gate), self.out[...], X)
+            y = y * jax.nn.silu(einsum("btd,dv->btv", x, self.gate[...], wide) + self.gate_bias[...].astype(x.dtype))
+        if self.out is not None:
+            y = einsum("btv,vd->btd", y, self.out[...], X)
+        if self.out_bias is not None:
             y = y + constrain(self.out_bias[...], "embed").astype(x.dtype)
         if self.token_gate is not None:
             gate = einsum("btd,d->bt", x.astype(jnp.float32), self.token_gate[...], ("batch", "time"))
@@ -208,42 +201,8 @@ class Memory(nnx.Module):
         return local(self._choose, in_axes=(_SCORES,), out_axes=(CHOICES, CHOICES))(self.keys(x))
 
     def _choose(self, scores: Float[Array, "B T H parts subkeys"]) -> tuple[Array, Array]:
-        best = product_top_k(scores, self.config.keys.top_k)
+        best = self.keys.choose(scores)
         return best.ids, weights_of(best.scores, self.config.score)
-
-    def _read(self, x: Float[Array, "B T D"], table: MemoryTable, layer: Array | None) -> Float[Array, "B T V"]:
-        """In fp32."""
-        ids, weights = self.choose(x)
-        values, inputs = (None if array is None else array[...] for array in (table.values, table.inputs))
-        recorded = self.reads is not None
-        if recorded:
-            values, inputs = jax.lax.stop_gradient((values, inputs))
-        if inputs is not None:
-            x = x.astype(jnp.float32)
-            hidden = dots(inputs, ids, x, layer)
-            if recorded:
-                hidden = record_dots(hidden, self.reads.inputs, ids, x)
-            weights = weights * ACTIVATIONS[self.config.expert](hidden)
-        y = bag(values, ids, weights, layer)
-        return record_bag(y, self.reads.values, ids, weights) if recorded else y
-
-    def _table(self, table: MemoryTable | None) -> MemoryTable:
-        if (table is not None) != self.config.shared_table:
-            raise ValueError(
-                "memory: needs a table in the call if and only if shared_table=True, "
-                f"got {'none' if table is None else 'one'} with shared_table={self.config.shared_table}; "
-                "make one with config.make_table, or change shared_table"
-            )
-        if table is None:
-            return self.table
-        d_input = None if self.config.expert is None else self.d_model
-        want = self.config.keys.n_slots, self.config.width(self.d_model), d_input
-        got = *table.values.shape, None if table.inputs is None else table.inputs.shape[1]
-        if got != want:
-            raise ValueError(
-                f"memory: needs a table with (n_slots, value_dim, d_input)={want}, got {got}; make it with config.make_table"
-            )
-        return table
 
 
 def weights_of(scores: Float[Array, "*batch k"], kind: Score) -> Float[Array, "*batch k"]:
@@ -253,4 +212,5 @@ def weights_of(scores: Float[Array, "*batch k"], kind: Score) -> Float[Array, "*
     ([0.5, 0.5, 0.0], [2.0, 0.0])
     """
     scores = scores.astype(jnp.float32)
-    return {"softmax": jax.nn.softmax, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}[kind](scores)
+    kinds = {"softmax": jax.nn.softmax, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid, "linear": lambda scores: scores}
+    return kinds[kind](scores)

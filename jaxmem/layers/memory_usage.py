@@ -9,9 +9,9 @@ z is one fp32 number per slot: a weight of 1 is lost on a sum beyond 2^24. Cost:
 import jax
 import jax.numpy as jnp
 
-from jaxmem.layers.memory import CHOICES
 from jaxmem.sharding import constrain, local, sum_over
 from jaxmem.sharding.folds import spread_like
+from jaxmem.sharding.tables import CHOICES
 from jaxmem.typing import Array, Bool, Float, Int
 
 

@@ -86,6 +86,14 @@ class ProductKeysConfig:
         """Slots read per token, all heads together."""
         return self.n_heads * self.top_k
 
+    @property
+    def search_flops(self) -> int:
+        """Forward FLOPs of the products per token that are not 2 x parameters; sums and selections are not counted."""
+        return 0
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> "ProductKeys":
+        return ProductKeys(self, d_model, rngs=rngs)
+
 
 def _root(n_slots: int, n_parts: int) -> int:
     n = round(n_slots ** (1 / n_parts)) if n_slots > 0 else 0
@@ -185,8 +193,8 @@ class ProductKeys(nnx.Module):
         self.bias = param(rngs, zeros, (heads, parts, width), ("heads", None, "key")) if config.query_bias else None
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         self.keys = param(rngs, uniform, (heads, parts, config.n_sub_keys, width), ("heads", None, "sub_keys", "key"))
-        self.query_norm = _make_norm(config.query_norm, width, rngs)
-        self.key_norm = _make_norm(config.key_norm, width, rngs)
+        self.query_norm = make_norm(config.query_norm, width, rngs)
+        self.key_norm = make_norm(config.key_norm, width, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H parts subkeys"]:
         q = einsum("btd,dhpk->bthpk", x, self.query[...], _QUERY).astype(jnp.float32)
@@ -199,8 +207,13 @@ class ProductKeys(nnx.Module):
             keys = self.key_norm(keys)
         return einsum("bthpk,hpnk->bthpn", q, keys, ("batch", "time", "heads", None, None))
 
+    def choose(self, scores: Float[Array, "B T H parts subkeys"]) -> TopK:  # [B T H k]
+        """The slots that each head reads; uses no parameter."""
+        return product_top_k(scores, self.config.top_k)
 
-def _make_norm(kind: Norm, width: int, rngs: nnx.Rngs) -> nnx.Module | None:
+
+def make_norm(kind: Norm, width: int, rngs: nnx.Rngs) -> nnx.Module | None:
+    """A norm of vectors of this width, or None."""
     if kind == "none":
         return None
     return (RMSNorm if kind == "rms" else LayerNorm)(width, axes=("key",), rngs=rngs)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.sharding import constrain
+from jaxmem.sharding.rules import Axes
 from jaxmem.sharding.tables import CHOICES, X
 from jaxmem.typing import Array, Float, Int
 
@@ -37,11 +38,11 @@ class LayerReads(NamedTuple):
     inputs: TableReads | None
 
 
-def no_reads(batch: int, n_tokens: int, n_heads: int, k: int, width: int) -> TableReads:
-    """Zeros for one layer's reads of a batch, laid out as activations are."""
-    choices = constrain(jnp.zeros((batch, n_tokens, n_heads, k)), *CHOICES)
-    pairs = constrain(jnp.zeros((batch, n_tokens, n_heads, k, 2)), *CHOICES, None)
-    return TableReads(pairs, choices, constrain(jnp.zeros((batch, n_tokens, width)), *X))
+def no_reads(batch: int, n_tokens: int, choices: tuple[int, int], width: int, axes: Axes = CHOICES) -> TableReads:
+    """Zeros for one layer's reads of a batch: `choices` are H and k, and `axes` those of ids and weights."""
+    ids = constrain(jnp.zeros((batch, n_tokens, *choices, 2)), *axes, None)
+    weights = constrain(jnp.zeros((batch, n_tokens, *choices)), *axes)
+    return TableReads(ids, weights, constrain(jnp.zeros((batch, n_tokens, width)), *X))
 
 
 def ids_of(reads: TableReads) -> Int[Array, "*batch T H k"]:

@@ -57,13 +57,14 @@ def account(config: DecoderConfig, context_tokens: int) -> Cost:
     looked_up = ("embedding", "output head", "memory tables")  # a token multiplies few of their rows, or none
     weights = sum(n for part, n in parameters.items() if part not in looked_up) + head
     mixing = sum(mixer.mixing_flops(config.d_model, context_tokens) for mixer in config.pattern)
-    reads = [m.keys.n_reads * m.row_numbers(config.d_model) for m in config.memories if m is not None]
-    mixing += sum(memory.lookup_flops(config.d_model) for memory in config.memories if memory is not None)
+    memories = [memory for memory in config.memories if memory is not None]
+    mixing += sum(memory.lookup_flops(config.d_model) for memory in memories)
+    read = sum(memory.numbers_read(config.d_model) for memory in memories)
     return Cost(
         dict(parameters),
         dict(states),
         2 * weights + config.repeats * mixing,
-        table_numbers_read=config.repeats * sum(reads),
+        table_numbers_read=config.repeats * read,
     )
 
 

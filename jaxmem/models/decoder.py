@@ -1,5 +1,5 @@
 """A decoder from a pattern of blocks: x + mixer(norm(x)), then x + swiglu(norm(x)), the pattern repeated in depth. A memory
-layer may stand in the place of a feed-forward, or beside it.
+layer, or word experts, may stand in the place of a feed-forward, or beside it.
 
 `pattern` holds the mixers of one repeat, so a hybrid is one line: `pattern=3 * (memories,) + (attention,)`. The repeats are
 stacked and scanned: a program's size grows with the pattern, not with the depth.
@@ -16,15 +16,18 @@ from flax import nnx
 
 from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
-from jaxmem.layers.memory import MemoryConfig, MemoryTable
+from jaxmem.layers.memory import MemoryConfig
+from jaxmem.layers.memory_table import MemoryTable
 from jaxmem.layers.mixer import Mixer, MixerConfig, advance, init_cursor
 from jaxmem.layers.norm import RMSNorm
+from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
 from jaxmem.sharding import constrain, current_rules, einsum, param
 from jaxmem.sharding.layouts import lay_out, restore
 from jaxmem.typing import Array, DTypeLike, Float, Int, PyTree
 
 Remat = Literal["nothing", "dots", "block"]
 Dtype = Literal["float32", "bfloat16"]
+MemoryLike = MemoryConfig | WordExpertsConfig | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,8 @@ class DecoderConfig:
     """How often the pattern stands; layers = repeats x len(pattern)."""
     vocab_size: int = 256
     memories: tuple[Any, ...] = ()
-    """Memory layers of one repeat: one `MemoryConfig` or None per mixer of the pattern; empty: none. Those with a shared
-    table read one table, the decoder's, in all layers."""
+    """Memory layers of one repeat: one `MemoryConfig`, `WordExpertsConfig` or None per mixer of the pattern; empty: none.
+    Those with a shared table read one table, the decoder's, in all layers."""
     tie_embeddings: bool = True
     """Use the embedding table as output head."""
     norm_eps: float = 1e-6
@@ -69,15 +72,22 @@ class DecoderConfig:
             )
         if not all(memory is None or hasattr(memory, "make_table") for memory in self.memories):
             raise ValueError(
-                f"DecoderConfig: needs memories that are a MemoryConfig or None, got memories={self.memories!r}; "
-                "write e.g. (None, memory_plus())"
+                "DecoderConfig: needs memories that are a MemoryConfig, a WordExpertsConfig or None, "
+                f"got memories={self.memories!r}; write e.g. (None, memory_plus())"
             )
-        sizes = {(m.keys.n_slots, m.width(self.d_model), m.expert is not None) for m in self.shared_memories}
+        sizes = {(*m.table_shape(self.d_model), m.choices[0], type(m).__name__) for m in self.shared_memories}
         if len(sizes) > 1:
             raise ValueError(
-                "DecoderConfig: needs memories with a shared table to have the same slots, value_dim and kind, "
-                f"got {sorted(sizes)}; make them alike or give them tables of their own"
+                "DecoderConfig: needs memories with a shared table to have the same slots, value_dim, heads and kind, "
+                f"got {sorted(sizes, key=str)}; make them alike or give them tables of their own"
             )
+        for memory in self.memories:
+            n_words = len(getattr(memory, "routing", None) or ()) or self.vocab_size
+            if n_words < self.vocab_size:
+                raise ValueError(
+                    f"DecoderConfig: needs word experts with a routing of every token, got {n_words} entries for "
+                    f"vocab_size={self.vocab_size}; add the others or leave routing out"
+                )
         for name, known in (("remat", get_args(Remat)), ("dtype", get_args(Dtype))):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -101,7 +111,7 @@ class DecoderConfig:
 class Block(nnx.Module):
     """One layer: a mixer and a feed-forward (or memory, or both), each behind a norm and beside a residual."""
 
-    def __init__(self, mixer: MixerConfig, memory: MemoryConfig | None, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, mixer: MixerConfig, memory: MemoryLike, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
         self.mixer: Mixer = mixer.make(config.d_model, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, rngs=rngs, eps=config.norm_eps)
@@ -111,7 +121,7 @@ class Block(nnx.Module):
         self.ffn = None if alone else swiglu(rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: PyTree, segment_ids, positions, table: MemoryTable | None, layer
+        self, x: Float[Array, "B T D"], state: PyTree, tokens, segment_ids, positions, table: MemoryTable | None, layer
     ) -> tuple[Array, PyTree]:
         mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
         x = x + mixed
@@ -119,7 +129,8 @@ class Block(nnx.Module):
         if self.ffn is not None:
             x = x + self.ffn(h)
         if self.memory is not None:
-            x = x + self.memory(h, table if self.memory.config.shared_table else None, layer)
+            words = (tokens,) if isinstance(self.memory, WordExperts) else ()
+            x = x + self.memory(h, *words, table if self.memory.config.shared_table else None, layer)
         return x, state
 
 
@@ -178,7 +189,7 @@ class Decoder(nnx.Module):
             layer, blocks, states = of_layer
             after = []
             for block, before in zip(with_tables(blocks), states, strict=True):
-                x, new = block(x, before, segment_ids, positions, self.table, layer)
+                x, new = block(x, before, tokens, segment_ids, positions, self.table, layer)
                 after.append(new)
             return x, tuple(after)
 
@@ -211,7 +222,7 @@ def _without_tables(blocks: PyTree) -> tuple[Callable[[list], PyTree], list]:
     return with_tables, [leaf for leaf, table in zip(leaves, is_table, strict=True) if not table]
 
 
-def _block(mixer: MixerConfig, memory: MemoryConfig | None, config: DecoderConfig):
+def _block(mixer: MixerConfig, memory: MemoryLike, config: DecoderConfig):
     return lambda rngs: Block(mixer, memory, config, rngs=rngs)
 
 

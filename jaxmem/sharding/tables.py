@@ -39,19 +39,21 @@ def bag(
     ids: Int[Array, "B T H k"],
     weights: Float[Array, "B T H k"],
     layer: Int[Array, ""] | None = None,
+    axes: Axes = CHOICES,
 ) -> Float[Array, "B T V"]:
     """`memory_lookup.bag` of a split table, summed over heads, in fp32.
 
     Args:
       layer: which of stacked tables [L M V] is read; no slice of them is copied. None: there is one.
+      axes: of ids and weights.
     """
 
     def read(values, ids, weights, *layer):
         values, ids, weights = spread_like((values, ids, weights), (values, weights))  # their gradients: exchanged once
-        ids, weights = _to_owners(ids, CHOICES), _to_owners(weights, CHOICES)
+        ids, weights = _to_owners(ids, axes), _to_owners(weights, axes)
         values, ids = _rows_of_layer(values, ids, *layer)
         y = memory_lookup.bag(values, _flat(ids), _flat(weights))
-        if not any(_dimension(axis, CHOICES) == 2 for axis in _owners()):
+        if axes[2] is not None and not any(_dimension(axis, axes) == 2 for axis in _owners()):
             y = sum_over(y, "heads")
         for axis in reversed(_owners()):
             if axis in _axes("slots"):
@@ -62,8 +64,8 @@ def bag(
                 y = jax.lax.all_to_all(y, axis, dimension, 2, tiled=True)
         return y
 
-    which, axes = _stacking(layer)
-    in_axes = (axes, CHOICES, CHOICES, *[()] * len(which))
+    which, of_table = _stacking(layer)
+    in_axes = (of_table, axes, axes, *[()] * len(which))
     return local(read, in_axes=in_axes, out_axes=X)(values, ids, weights, *which)
 
 
@@ -72,22 +74,23 @@ def dots(
     ids: Int[Array, "B T H k"],
     y: Float[Array, "B T V"],
     layer: Int[Array, ""] | None = None,
+    axes: Axes = CHOICES,
 ) -> Float[Array, "B T H k"]:
-    """`memory_lookup.dots` of a split table, in fp32; `layer` as of `bag`."""
+    """`memory_lookup.dots` of a split table, in fp32; `layer` and `axes` as of `bag`."""
 
     def read(values, ids, y, *layer):
         values, ids, y = spread_like((values, ids, y), (values, ids))
-        ids, y = _to_owners(ids, CHOICES), _columns_to_owners(y, X)
+        ids, y = _to_owners(ids, axes), _columns_to_owners(y, X)
         shape = ids.shape
         values, ids = _rows_of_layer(values, ids, *layer)
         d = memory_lookup.dots(values, _flat(ids), y).reshape(shape)
         for axis in reversed(_owners()):
-            d = _scatter_sum(d, axis, _dimension(axis, CHOICES))
+            d = _scatter_sum(d, axis, _dimension(axis, axes))
         return d
 
-    which, axes = _stacking(layer)
-    in_axes = (axes, CHOICES, X, *[()] * len(which))
-    return local(read, in_axes=in_axes, out_axes=CHOICES)(values, ids, y, *which)
+    which, of_table = _stacking(layer)
+    in_axes = (of_table, axes, X, *[()] * len(which))
+    return local(read, in_axes=in_axes, out_axes=axes)(values, ids, y, *which)
 
 
 def gradient_of_rows(
@@ -96,30 +99,36 @@ def gradient_of_rows(
     y: Float[Array, "N B T V"],
     n_rows: int,
     size: int,
+    axes: Axes = CHOICES,
 ) -> RowGradient:
     """`memory_lookup.row_gradient` of a split table, of N times B rows of tokens.
 
     Args:
       n_rows: M.
       size: most rows that a step reads of each owner's.
+      axes: of ids and weights, behind N.
 
     Returns: rows [n size] and sums [n size, V] of all n owners of rows, split as the table is; rows count within the owner's.
     """
     out = RowGradient(TABLE[:1], TABLE, TABLE[:1])
     find = lambda ids, weights, y, n_own: row_gradient(ids, weights, y, n_own, size)
-    return _of_all_tokens(find, out, ids, weights, y, n_rows)
+    return _of_all_tokens(find, out, ids, weights, y, n_rows, axes)
 
 
 def gradient_of_table(
-    ids: Int[Array, "N B T H k"], weights: Float[Array, "N B T H k"], y: Float[Array, "N B T V"], n_rows: int
+    ids: Int[Array, "N B T H k"],
+    weights: Float[Array, "N B T H k"],
+    y: Float[Array, "N B T V"],
+    n_rows: int,
+    axes: Axes = CHOICES,
 ) -> Float[Array, "M V"]:
     """`memory_lookup.sum_rows` of a split table, of N times B rows of tokens."""
-    return _of_all_tokens(memory_lookup.sum_rows, TABLE, ids, weights, y, n_rows)
+    return _of_all_tokens(memory_lookup.sum_rows, TABLE, ids, weights, y, n_rows, axes)
 
 
-def _of_all_tokens(function: Callable[..., PyTree], out_axes: PyTree, ids, weights, y, n_rows: int) -> PyTree:
+def _of_all_tokens(function: Callable[..., PyTree], out_axes: PyTree, ids, weights, y, n_rows: int, axes) -> PyTree:
     """function(ids, weights, y, own rows) on every owner, with what all tokens read, and their y in the owner's columns."""
-    choices, x = (None, *CHOICES), (None, *X)
+    choices, x = (None, *axes), (None, *X)
 
     def find(ids, weights, y):
         others = tuple(axis for axis in jax.sharding.get_abstract_mesh().manual_axes if axis not in _owners())

@@ -7,6 +7,7 @@ With "dense" it is a table's whole gradient, for AdamW. Either way tables have t
 in Memory Layers at Scale, arXiv 2412.09764.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jaxmem.layers.table_reads import LayerReads, TableReads, ids_of, no_reads
 from jaxmem.models.decoder import Decoder, DecoderConfig
 from jaxmem.pallas_kernels.memory_lookup import RowGradient
 from jaxmem.sharding import n_shards_of
+from jaxmem.sharding.rules import Axes
 from jaxmem.sharding.tables import gradient_of_rows, gradient_of_table
 from jaxmem.training.lazy_adam import apply_rows
 from jaxmem.training.optimizer import make_table_optimizer
@@ -51,9 +53,9 @@ class TableTraining:
         """Zeros for every memory of the pattern, stacked over the repeats: what a step differentiates in."""
 
         def of_place(memory: Any) -> LayerReads:
-            zeros = lambda width: no_reads(batch, n_tokens, memory.keys.n_heads, memory.keys.top_k, width)
-            d_model = self._model.d_model
-            one = LayerReads(zeros(memory.width(d_model)), None if memory.expert is None else zeros(d_model))
+            zeros = lambda width: no_reads(batch, n_tokens, memory.choices, width, memory.choice_axes)
+            _, width, d_input = memory.table_shape(self._model.d_model)
+            one = LayerReads(zeros(width), None if d_input is None else zeros(d_input))
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (self._model.repeats, *x.shape)), one)
 
         return tuple(None if memory is None else of_place(memory) for memory in self._model.memories)
@@ -71,21 +73,24 @@ class TableTraining:
         for path, table in _by_path(tables).items():
             *_, kind = where = path.split("/")
             if where[0] == "blocks":  # [M V] of each repeat
-                of_layers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), getattr(reads[int(where[1])], kind))
-                found[path] = jax.lax.map(lambda layer, n=table.shape[1]: self._gradient(layer, n), of_layers)
+                place = int(where[1])
+                of_layers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), getattr(reads[place], kind))
+                axes = self._model.memories[place].choice_axes
+                of_layer = functools.partial(self._gradient, n_rows=table.shape[1], axes=axes)
+                found[path] = jax.lax.map(of_layer, of_layers)
             else:
-                places = zip(reads, self._model.memories, strict=True)
-                of_layers = [getattr(of_place, kind) for of_place, m in places if m is not None and m.shared_table]
-                together = lambda *x: jnp.concatenate([a.reshape(-1, *a.shape[2:]) for a in x])
-                found[path] = self._gradient(jax.tree.map(together, *of_layers), table.shape[0])
+                memories = self._model.memories
+                readers = [place for place, m in enumerate(memories) if m is not None and m.shared_table]
+                all_reads = _together([getattr(reads[place], kind) for place in readers])
+                found[path] = self._gradient(all_reads, table.shape[0], memories[readers[0]].choice_axes)
         return found
 
-    def _gradient(self, reads: TableReads, n_rows: int) -> RowGradient | Array:
+    def _gradient(self, reads: TableReads, n_rows: int, axes: Axes) -> RowGradient | Array:
         factors = ids_of(reads), reads.weights, reads.y
         if self._config.update == "dense":
-            return gradient_of_table(*factors, n_rows)
+            return gradient_of_table(*factors, n_rows, axes)
         most = min(n_rows // n_shards_of("slots"), reads.weights.size, self._config.max_rows or n_rows)
-        return gradient_of_rows(*factors, n_rows, most)
+        return gradient_of_rows(*factors, n_rows, most, axes)
 
     def update(
         self, gradients: Gradients, state: PyTree, tables: nnx.State, finite: Bool[Array, ""]
@@ -109,6 +114,16 @@ def gradients_norm(gradients: Gradients) -> Float[Array, ""]:
     """L2 norm of all tables' gradients or updates."""
     arrays = [g.sums if isinstance(g, RowGradient) else g for g in gradients.values()]
     return optax.tree.norm(arrays) if arrays else jnp.zeros(())
+
+
+def _together(reads: list[TableReads]) -> TableReads:
+    """[parts repeats B T ..] of several layers as one, filled up to the k of the one that reads most."""
+    k = max(r.weights.shape[-1] for r in reads)
+    fill = lambda x, axis, value: jnp.pad(
+        x, [(0, k - x.shape[axis]) if d == axis else (0, 0) for d in range(x.ndim)], constant_values=value
+    )
+    filled = [r._replace(ids=fill(r.ids, 5, -1), weights=fill(r.weights, 5, 0)) for r in reads]
+    return jax.tree.map(lambda *x: jnp.concatenate([a.reshape(-1, *a.shape[2:]) for a in x]), *filled)
 
 
 def _by_path(tables: nnx.State) -> dict[str, Array]:

@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 from recordings import recordings
 
-from jaxmem.layers.memory import MemoryConfig, MemoryTable, memory_plus, peer, pkm
+from jaxmem.layers.memory import MemoryConfig, memory_plus, peer, pkm, ultramem
+from jaxmem.layers.memory_table import MemoryTable
 from jaxmem.layers.product_keys import ProductKeysConfig
+from jaxmem.layers.tucker_keys import TuckerKeysConfig
 from jaxmem.sharding import MeshConfig, constrain, make_mesh, param_spec, use_mesh
 
 B, T, D = 4, 5, 12
@@ -23,6 +25,12 @@ CONFIGS = {
     "experts": MemoryConfig(dataclasses.replace(KEYS, query_norm="layer", key_norm="rms"), score="relu", expert="gelu"),
     "three parts": MemoryConfig(
         dataclasses.replace(KEYS, n_slots=27, n_parts=3, query_bias=False), expert="silu", shared_table=True, gated=True
+    ),
+    "tucker": MemoryConfig(
+        TuckerKeysConfig(n_slots=25, n_heads=2, top_k=4, key_dim=6, search="reference"),
+        score="linear",
+        value_dim=6,
+        output="linear",
     ),
 }
 SLOW = ("three parts",)
@@ -51,16 +59,24 @@ def written_out(layer, table, x):
     """The layer from its equations: every slot's key and score, the best of all, and only then the rows."""
     c = layer.config
     scores = layer.keys(x)  # tested by hand in test_product_keys.py
-    every = functools.reduce(
-        lambda a, b: (a[..., :, None] + b[..., None, :]).reshape(*a.shape[:-1], -1), jnp.moveaxis(scores, 3, 0)
-    )
+    if isinstance(c.keys, TuckerKeysConfig):
+        every = jnp.einsum("bthri,bthrj->bthij", scores[:, :, :, 2:4], scores[:, :, :, 4:]).reshape(
+            *scores.shape[:3], -1
+        )
+    else:
+        every = functools.reduce(
+            lambda a, b: (a[..., :, None] + b[..., None, :]).reshape(*a.shape[:-1], -1), jnp.moveaxis(scores, 3, 0)
+        )
     best, ids = jax.lax.top_k(every, c.keys.top_k)
-    w = {"softmax": jax.nn.softmax, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}[c.score](best)
+    kinds = {"softmax": jax.nn.softmax, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid, "linear": lambda scores: scores}
+    w = kinds[c.score](best)
     table = layer.table if table is None else table
     if c.expert is not None:
         hidden = jnp.einsum("bthkd,btd->bthk", table.inputs[...][ids], x)
         w = w * {"gelu": lambda a: a * jax.scipy.stats.norm.cdf(a), "silu": jax.nn.silu}[c.expert](hidden)
     y = jnp.einsum("bthk,bthkv->btv", w, table.values[...][ids])
+    if c.output == "linear":
+        y = y @ layer.out[...]
     if c.output == "swilu":
         y = (y * jax.nn.silu(x @ layer.gate[...] + layer.gate_bias[...])) @ layer.out[...] + layer.out_bias[...]
     return y * jax.nn.sigmoid(x @ layer.token_gate[...])[..., None] if c.gated else y
@@ -110,6 +126,7 @@ MESHES = {
     [
         ("experts", "data"),
         ("swilu", "data fsdp model"),
+        ("tucker", "data fsdp model"),
         *(pytest.param(n, m, marks=pytest.mark.slow) for n in ("values", "experts") for m in MESHES if m != "data"),
     ],
 )
@@ -152,6 +169,7 @@ def test_computes_in_the_dtype_of_x():
 
 
 PUBLISHED = {"pkm": (pkm, 512**2 * 1024), "memory+": (memory_plus, 0), "peer": (peer, 2 * 1024**2 * 1024)}
+PUBLISHED["ultramem"] = ultramem, 360**2 * 192
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -169,9 +187,12 @@ def test_published_layers_build_and_run(name):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"score": "cosine"}, "memory: needs score to be one of softmax, relu, sigmoid, got score='cosine'; change it"),
+        (
+            {"score": "cosine"},
+            "memory: needs score to be one of softmax, relu, sigmoid, linear, got score='cosine'; change it",
+        ),
         ({"expert": "tanh"}, "memory: needs expert to be one of gelu, relu, silu, got expert='tanh'"),
-        ({"output": "linear"}, "memory: needs output to be one of plain, swilu, got output='linear'"),
+        ({"output": "mlp"}, "memory: needs output to be one of plain, linear, swilu, got output='mlp'"),
         ({"placement": "before"}, "memory: needs placement to be one of replace, beside, got placement='before'"),
     ],
     ids=lambda value: str(value)[:20],

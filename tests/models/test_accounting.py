@@ -16,11 +16,15 @@ from jaxmem.layers.hgrn import HgrnConfig
 from jaxmem.layers.kimi_delta_attention import KimiDeltaAttentionConfig
 from jaxmem.layers.linear_attention import SimpleGlaConfig
 from jaxmem.layers.mamba import MambaConfig
+from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
+from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.layers.rwkv7 import Rwkv7Config
+from jaxmem.layers.tucker_keys import TuckerKeysConfig
 from jaxmem.models.accounting import account, count_parameters, table
 from jaxmem.models.decoder import DecoderConfig
 
+KEYS = ProductKeysConfig(n_slots=64, n_heads=2, top_k=3, key_dim=8)
 T = 2048
 BLOCK, WINDOW_BLOCK = T // 8, 128
 """Tokens per block of `flash_attention`, without and with a window."""
@@ -146,6 +150,31 @@ def test_a_context_shorter_than_a_window_or_a_chunk_costs_no_more_than_itself():
     window, full = (account(decoder((mixer,)), 64).forward_flops for mixer in (WINDOW, AttentionConfig(4)))
     assert window == full
     assert account(decoder((GDN,)), 8).forward_flops < account(decoder((GDN,)), 64).forward_flops
+
+
+MEMORIES = {
+    "values": MemoryConfig(KEYS, output="swilu", gated=True),
+    "experts": MemoryConfig(KEYS, expert="gelu"),
+    "tucker": MemoryConfig(TuckerKeysConfig(n_slots=64, n_heads=2, top_k=3, key_dim=8), value_dim=6, output="linear"),
+    "tucker, signed": MemoryConfig(TuckerKeysConfig(64, n_heads=2, top_k=3, key_dim=8, core_rank=3, search="signed")),
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_memory_costs_its_products(name):
+    """Counted as the difference between 16 tokens and 8: what is made of parameters alone costs no token anything."""
+    config = MEMORIES[name]
+    layer = nnx.eval_shape(lambda: config.make(16, rngs=nnx.Rngs(0)))
+
+    def of_tokens(n):
+        x = jax.ShapeDtypeStruct((1, n, 16), jnp.float32)
+        return product_flops(jax.make_jaxpr(lambda layer, x: layer(x))(layer, x).jaxpr, while_trips=0)
+
+    counted = (of_tokens(16) - of_tokens(8)) / 8
+    weights = {"query", "keys", "core", "gate", "out", "token_gate"}
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(layer, nnx.Param))
+    multiplied = sum(a.size for path, a in leaves if path[-2].key in weights)
+    assert counted == 2 * multiplied + config.lookup_flops(16)
 
 
 def test_the_table_names_every_part(capsys):

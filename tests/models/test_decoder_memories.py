@@ -13,6 +13,7 @@ from jaxmem.config import from_json, to_json
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.product_keys import ProductKeysConfig
+from jaxmem.layers.word_experts import WordExpertsConfig
 from jaxmem.models.accounting import account, count_parameters
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, constrain, make_mesh, use_mesh
@@ -28,6 +29,8 @@ def config(*memories, **options) -> DecoderConfig:
 
 
 PLACES = {"in place": (OWN, None), "beside, shared": (SHARED, SHARED), "both": (OWN, SHARED)}
+WORDS = WordExpertsConfig(n_experts=16, d_expert=3, shared_table=True, placement="beside")
+OWN_WORDS = WordExpertsConfig(n_experts=4, d_expert=3, expert="gelu", routing=(3, 1, 2, 0) * 16)
 
 
 def shapes(c):
@@ -101,6 +104,53 @@ def test_padding_is_neutral():
     (a, x), (b, y) = (values_and_gradients(model, these, WEIGHT) for these in (tokens, other))
     np.testing.assert_array_equal(x[PADDED != 0], y[PADDED != 0])
     assert_close(a, b)
+
+
+def test_word_experts_read_by_token():
+    """In the place of a feed-forward and beside it: in a call, in steps, behind padding."""
+    c = config(OWN_WORDS, WORDS)
+    model, tokens = make(c), draw_tokens(0)
+    assert from_json(to_json(c)) == c and model.blocks[0].ffn is None and model.blocks[1].ffn is not None
+    gradients, x = values_and_gradients(model, tokens, WEIGHT)
+    assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
+    read = np.isin(np.arange(16), np.unique(tokens[PADDED != 0]) % 16)
+    of_expert = np.any(np.asarray(gradients.table.values[...]).reshape(16, -1) != 0, axis=-1)
+    np.testing.assert_array_equal(of_expert, read)
+
+    other = jnp.where(PADDED == 0, draw_tokens(1), tokens)
+    np.testing.assert_array_equal(x[PADDED != 0], values_and_gradients(model, other, WEIGHT)[1][PADDED != 0])
+
+    @jax.jit
+    def steps(model, tokens):
+        step = lambda state, token: (lambda y, state: (state, y))(*model(token[:, None], state))
+        return jax.lax.scan(step, model.init_state(2, capacity=6), tokens.T)[1][:, :, 0].swapaxes(0, 1)
+
+    assert_close(steps(model, tokens), jax.jit(lambda model, tokens: model(tokens)[0])(model, tokens))
+
+
+def test_what_word_experts_cost():
+    c = config(OWN_WORDS, WORDS)
+    cost = account(c, 32)
+    assert cost.n_parameters == count_parameters(shapes(c))
+    assert cost.parameters["memory tables"] == 2 * (2 * 4 * 3 * 16) + 2 * 16 * 3 * 16
+    assert cost.table_numbers_read == 2 * 2 * (2 * 3 * 16)
+    without = account(dataclasses.replace(c, memories=(dataclasses.replace(OWN_WORDS, d_expert=1), None)), 32)
+    assert cost.forward_flops - without.forward_flops == 2 * 2 * (2 * (3 - 1) * 16 + 2 * 3 * 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, model=2)], ids=["data", "data fsdp model"])
+def test_word_experts_sharded_are_unsharded(mesh):
+    c, tokens = config(OWN_WORDS, WORDS), jnp.concatenate([draw_tokens(seed) for seed in range(4)])
+
+    @jax.jit
+    def run(tokens):
+        grad = jax.grad(lambda model: (jnp.sum(jnp.sin(x := model(tokens)[0])), x), has_aux=True)
+        return grad(c.make(rngs=nnx.Rngs(0)))
+
+    want = jax.device_get(run(tokens))
+    with use_mesh(make_mesh(mesh)):
+        assert_close(jax.device_get(run(constrain(tokens, "batch", "time"))), want)
 
 
 @pytest.mark.slow
@@ -185,11 +235,16 @@ def test_errors():
     ):
         config(OWN)
     with pytest.raises(
-        ValueError, match=r"needs memories that are a MemoryConfig or None, got memories=\('pkm', None\)"
+        ValueError,
+        match=r"needs memories that are a MemoryConfig, a WordExpertsConfig or None, got memories=\('pkm', None\)",
     ):
         config("pkm", None)
     smaller = dataclasses.replace(SHARED, value_dim=8)
     with pytest.raises(
-        ValueError, match="needs memories with a shared table to have the same slots, value_dim and kind"
+        ValueError, match="needs memories with a shared table to have the same slots, value_dim, heads and kind"
     ):
         config(SHARED, smaller)
+    with pytest.raises(
+        ValueError, match=r"needs word experts with a routing of every token, got 4 entries for vocab_size=64; add"
+    ):
+        config(dataclasses.replace(OWN_WORDS, routing=(0, 1, 2, 3)), None)

@@ -12,6 +12,7 @@ from steps import as_batch, assert_close, fresh, make_batch
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.product_keys import ProductKeysConfig
+from jaxmem.layers.word_experts import WordExpertsConfig
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.sharding.rules import rules_of
@@ -69,6 +70,12 @@ def test_lazy_is_dense_where_all_rows_are_read(name):
 
 
 @pytest.mark.slow
+def test_layers_that_read_unlike_many_slots_share_a_table():
+    lazy, dense = (run(experiment((SHARED, few(SHARED, 3)), update=u))[0] for u in ("lazy", "dense"))
+    assert_close(lazy.params, dense.params)
+
+
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up():
     whole, _ = run(experiment())
     parts, _ = run(experiment(accumulate=2))
@@ -103,10 +110,20 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "rows" else pytest.mark.slow) for n in MESHES])
-def test_sharded_equals_unsharded(name):
+MEMORIES = {"product keys": (few(OWN), few(SHARED)), "words": (WordExpertsConfig(n_experts=8, d_expert=4), None)}
+
+
+@pytest.mark.parametrize(
+    "name, memories",
+    [
+        pytest.param(name, kind, marks=() if (name, kind) == ("rows", "product keys") else pytest.mark.slow)
+        for name in MESHES
+        for kind in MEMORIES
+    ],
+)
+def test_sharded_equals_unsharded(name, memories):
     """Parameters and moments after two steps, with clipping and decay of tables."""
-    config = experiment((few(OWN), few(SHARED)), clip_norm=0.01, weight_decay=0.1)
+    config = experiment(MEMORIES[memories], clip_norm=0.01, weight_decay=0.1)
     want, _ = run(config)
     mesh = make_mesh(MESHES[name], jax.devices()[: math.prod(MESHES[name].sizes)])
     with use_mesh(mesh, rules_of(MESHES[name])):
