@@ -22,17 +22,19 @@ import jax.numpy as jnp
 import optax
 
 from jaxmem.pallas_kernels.memory_lookup import RowGradient
-from jaxmem.sharding import local
+from jaxmem.sharding import constrain, local
 from jaxmem.sharding.tables import TABLE
 from jaxmem.typing import Array, Float, Int, PyTree
 
 
 class LazyAdamState(NamedTuple):
-    """Moments of the tables, in fp32."""
+    """Moments of the tables, in fp32, and which rows a checkpoint has to write."""
 
     count: Int[Array, ""]
     mu: PyTree
     nu: PyTree
+    touched: PyTree
+    """Per table, bool [M]: rows that were updated since somebody set them to False; all at the beginning."""
 
 
 def lazy_adam(
@@ -79,7 +81,9 @@ def _adam_of_rows(
 
     def init(tables: PyTree) -> LazyAdamState:
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tables)
-        return LazyAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+        of_rows = lambda x: constrain(jnp.ones(x.shape[:-1], bool), *[None] * (x.ndim - 2), "slots")
+        every = jax.tree.map(of_rows, tables)
+        return LazyAdamState(jnp.zeros((), jnp.int32), zeros(), zeros(), every)
 
     def update(gradients: PyTree, state: LazyAdamState, tables: PyTree | None = None):
         if tables is None and weight_decay:
@@ -92,22 +96,23 @@ def _adam_of_rows(
             factor = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
             leaves = [leaf._replace(sums=leaf.sums * factor) for leaf in leaves]
 
-        def of_table(numbers, gradient: RowGradient, mu, nu, table):
+        def of_table(numbers, gradient: RowGradient, mu, nu, touched, table):
             count, rate = numbers
             rows, g = gradient.rows, gradient.sums
             m, v = b1 * _get(mu, rows) + (1 - b1) * g, b2 * _get(nu, rows) + (1 - b2) * g**2
             step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps(count))
             if weight_decay:
                 step += weight_decay * _get(table, rows).astype(jnp.float32)
-            return gradient._replace(sums=-rate * step), _set(mu, rows, m), _set(nu, rows, v)
+            touched = touched.at[rows].set(True, mode="drop", indices_are_sorted=True)
+            return gradient._replace(sums=-rate * step), _set(mu, rows, m), _set(nu, rows, v), touched
 
         tables = state.mu if tables is None else tables
-        trees = zip(*map(structure.flatten_up_to, (state.mu, state.nu, tables)), strict=True)
-        out = lambda rows, table: (rows, table, table)
+        trees = zip(*map(structure.flatten_up_to, (state.mu, state.nu, state.touched, tables)), strict=True)
+        out = lambda rows, table: (rows, table, table, table[:-1])
         run = functools.partial(_on_own_rows(of_table, out), (count, jnp.float32(rate)))
         new = [run(leaf, *arrays) for leaf, arrays in zip(leaves, trees, strict=True)]
-        updates, mu, nu = (jax.tree.unflatten(structure, part) for part in zip(*new, strict=True))
-        return updates, LazyAdamState(count, mu, nu)
+        updates, *after = (jax.tree.unflatten(structure, part) for part in zip(*new, strict=True))
+        return updates, LazyAdamState(count, *after)
 
     return optax.GradientTransformation(init, update)
 
@@ -135,7 +140,8 @@ def _on_own_rows(function: Callable[..., PyTree], out: Callable[[PyTree, PyTree]
         axes = (None, *TABLE) if stacked else TABLE
         of_rows = RowGradient(axes[:-1], axes, axes[:-1])
         run = jax.vmap(function, in_axes=(None, *[0] * (1 + len(tables)))) if stacked else function
-        in_axes = (((),) * len(numbers), of_rows, *(axes for _ in tables))
+        of_tables = (axes if table.ndim == len(axes) else axes[:-1] for table in tables)
+        in_axes = (((),) * len(numbers), of_rows, *of_tables)
         return local(run, in_axes=in_axes, out_axes=out(of_rows, axes))(numbers, gradient, *tables)
 
     return placed
