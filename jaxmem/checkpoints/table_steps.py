@@ -61,7 +61,7 @@ def save_touched(
         store.expect({name: table}, table.shape[0])
     if touched.shape != (store.n_rows,):
         raise ValueError(
-            f"table {store.directory}: needs touched for its {store.n_rows} rows, got {touched.shape}; make it with none_touched"
+            f"table {store.directory}: needs touched for its {store.n_rows} rows, got {touched.shape}; use none_touched"
         )
     rows = np.flatnonzero(np.asarray(touched))
     store.write(rows, {name: rows_on_host(table, rows) for name, table in tables.items()}, step)
@@ -80,7 +80,12 @@ def load_table(store: TableStore, step: int | None, like: Mapping[str, jax.Shape
     Raises: ValueError for other widths, dtypes or rows than stored, or a step that is not kept; CheckpointError for damage.
     """
     for name, array in like.items():
-        store.expect({name: array}, array.shape[0])
+        store.expect({name: array})
+        if array.shape[0] != (n_rows := store.rows_at(step)):
+            raise ValueError(
+                f"table {store.directory}: needs the {n_rows} rows that it has at that step, got {array.shape[0]} of {name}; "
+                "change them, or grow it"
+            )
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {name: _load(store, name, step, array, array.sharding or first) for name, array in like.items()}
 

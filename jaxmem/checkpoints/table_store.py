@@ -1,18 +1,20 @@
 """Tables on disk: arrays [M, width] of the same M rows, made, grown, read and written by rows, in any part.
 
-A table is a directory: one OCDBT database (`table_versions`) with a zarr3 array for each name, in chunks of about 4 KiB with a
-CRC-32C each, and `table.json`. Every write is one commit, which a kill or a full disk leaves out or in, never in between; a write
-that ends a step gives the commit its number, and a step can be read as long as it is kept.
+A table is a directory: an OCDBT database (`table_versions`) with a zarr3 array for each name, in chunks of about 4 KiB with a
+CRC-32C each, and `table.json`. Every write is one commit, which a kill or a full disk leaves out or in, never in between; a
+write that ends a step gives the commit that step's name, and a step can be read as long as it is kept.
 
 Rows that were never written take no space. They read as a constant, or as normal numbers that are a function of seed and row.
 
 Cost: a read or write of n scattered rows touches n chunks, i.e. max(4 KiB, a row) for each, whatever M.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # `import jaxmem` stays light
     import tensorstore as ts
 
 _ABOUT = "table.json"
+_CHUNK = re.compile(r'Error reading "(\w+)/c/(\d+)/0"')
 
 
 class TableInfo(NamedTuple):
@@ -91,14 +94,20 @@ class TableStore:
             for name, array in arrays.items():
                 kvstore = store / f"{name}/"
                 ts.open(zarr_spec(array, n_rows), kvstore=kvstore, create=True, transaction=store.transaction).result()
-            store.write(_ABOUT, json.dumps(about)).result()
+            store.write(_ABOUT, _sealed(about)).result()
 
-        Versions(directory).commit(write, first=True)
+        Versions(directory).commit(write, after=None)
         return cls(directory)
 
     @property
     def n_rows(self) -> int:
+        """Of the newest state."""
         return self._about["n_rows"]
+
+    def rows_at(self, step: int | None) -> int:
+        """How many rows there were at the end of a step; None: now."""
+        version = self._version_of(step)
+        return self.n_rows if version is None else self._read_about(version)["n_rows"]
 
     @property
     def arrays(self) -> dict[str, RowArray]:
@@ -131,7 +140,7 @@ class TableStore:
                 )
         if n_rows is not None and n_rows != self.n_rows:
             raise ValueError(
-                f"table {self.directory}: needs as many rows as stored, {self.n_rows}, got n_rows={n_rows}; grow the smaller one"
+                f"table {self.directory}: needs as many rows as stored, {self.n_rows}, got n_rows={n_rows}; grow the smaller"
             )
 
     def read(
@@ -149,13 +158,14 @@ class TableStore:
 
         Raises: ValueError for a name, row or step that is not there; CheckpointError that names the rows of a damaged chunk.
         """
-        array, rows = self._array_named(name), self._numbers(rows)
+        array, version, n_rows = self._array_named(name), self._version_of(step), self.rows_at(step)
+        rows = self._numbers(rows, n_rows)
         if not rows.size:
             return initial_rows(array, rows)[:, columns]
         whole = rows[-1] - rows[0] + 1 == rows.size and bool(np.all(np.diff(rows) == 1))
         chosen = slice(int(rows[0]), int(rows[-1]) + 1) if whole else rows
         try:
-            found = np.array(self._open(name, self._version_of(step))[chosen, columns].read().result())
+            found = np.require(self._open(name, version, n_rows)[chosen, columns].read().result(), requirements="W")
         except Exception as error:
             raise self._damaged(error) from error
         if array.stddev is not None:
@@ -177,7 +187,7 @@ class TableStore:
 
         Raises: ValueError for rows, arrays or a step that do not fit; CheckpointError if they cannot be written: nothing is.
         """
-        rows, arrays = self._numbers(rows), {name: np.asarray(array) for name, array in arrays.items()}
+        rows, arrays = self._numbers(rows, self.n_rows), {name: np.asarray(array) for name, array in arrays.items()}
         self.expect(arrays)
         for name, array in arrays.items():
             if len(array) != len(rows):
@@ -186,20 +196,20 @@ class TableStore:
                 )
             if self.arrays[name].stddev is not None and np.any(is_mark(array)):
                 raise ValueError(
-                    f"table {self.directory}: needs {name} without the NaN that marks rows never written, got some; change them"
+                    f"table {self.directory}: needs {name} without the NaN of rows never written, got some; change them"
                 )
         if len(np.unique(rows)) < len(rows):
             raise ValueError(f"table {self.directory}: needs each row once, got some twice; add up what they get")
         last = max(map(int, self._about["steps"]), default=-1)
         if step is not None and step <= last:
             raise ValueError(
-                f"table {self.directory}: needs a step after {last}, the last saved, got step={step}; rewind to the step before it"
+                f"table {self.directory}: needs a step after {last}, the last saved, got step={step}; rewind first"
             )
 
         def write(store: "ts.KvStore") -> None:
             import tensorstore as ts
 
-            opened = [ts.open({"driver": "zarr3"}, kvstore=store / f"{name}/").result() for name in arrays]
+            opened = [ts.open(self._spec(name), kvstore=store / f"{name}/").result() for name in arrays]
             if len(rows):
                 for future in [a[rows].write(array) for a, array in zip(opened, arrays.values())]:
                     future.result()
@@ -220,7 +230,7 @@ class TableStore:
             import tensorstore as ts
 
             for name in self._about["arrays"]:
-                array = ts.open({"driver": "zarr3"}, kvstore=store / f"{name}/").result()
+                array = ts.open(self._spec(name), kvstore=store / f"{name}/").result()
                 array.resize(exclusive_max=[n_rows, None]).result()
 
         self._commit(write, None, n_rows=n_rows)
@@ -266,42 +276,57 @@ class TableStore:
         self._forget()
 
     def _commit(self, write, step: int | None, **changes: Any) -> None:
-        number = self._versions.numbers()[-1] + 1
-        steps = self._about["steps"] | ({} if step is None else {str(step): number})
+        numbers = self._versions.numbers()
+        steps = {name: number for name, number in self._about["steps"].items() if number in numbers}
+        steps |= {} if step is None else {str(step): self._number + 1}
         about = {**self._about, **changes, "steps": steps}
 
         def write_all(store: "ts.KvStore") -> None:
             write(store)
-            store.write(_ABOUT, json.dumps(about)).result()
+            store.write(_ABOUT, _sealed(about)).result()
 
         try:
-            self._versions.commit(write_all)
+            self._versions.commit(write_all, after=self._number)
+        except CheckpointError as error:  # a chunk of which some rows are written is read before
+            if _CHUNK.search(str(error.__cause__)):
+                raise self._damaged(error.__cause__) from error
+            raise
         finally:
             self._forget()
 
     def _forget(self) -> None:
         """What was read of the newest version."""
         self._opened: dict[tuple[str, int | None], ts.TensorStore] = {}
+        self._number = self._versions.numbers()[-1]
+        self._about = self._read_about(None)
+
+    def _read_about(self, version: int | None) -> dict[str, Any]:
         try:
-            text = self._versions.store().read(_ABOUT).result().value
+            text = self._versions.store(version).read(_ABOUT).result().value
         except Exception as error:
             raise self._damaged(error) from error
         if not text:
             raise ValueError(
-                f"table {self.directory}: needs a directory made by TableStore.create, got other data; name another"
+                f"table {self.directory}: needs a directory made by TableStore.create, got other data; name it"
             )
-        self._about = json.loads(text)
+        with contextlib.suppress(ValueError, KeyError):
+            sealed = json.loads(text)
+            if _sealed(about := sealed["about"]) == text.decode():
+                return about
+        raise self._damaged(ValueError(f"{_ABOUT} with another checksum"))
 
-    def _open(self, name: str, version: int | None) -> "ts.TensorStore":
+    def _open(self, name: str, version: int | None, n_rows: int) -> "ts.TensorStore":
         import tensorstore as ts
 
-        opened = self._opened
-        if (name, version) not in opened:
+        opened, key = self._opened, (name, version)
+        if key not in opened:
             kvstore = self._versions.store(version) / f"{name}/"
-            opened[name, version] = ts.open(
-                {"driver": "zarr3"}, kvstore=kvstore, context=self._versions.context
-            ).result()
-        return opened[name, version]
+            opened[key] = ts.open(self._spec(name, n_rows), kvstore=kvstore, context=self._versions.context).result()
+        return opened[key]
+
+    def _spec(self, name: str, n_rows: int | None = None) -> dict[str, Any]:
+        """With all that zarr.json must say: it has no checksum."""
+        return zarr_spec(self._array_named(name), n_rows or self.n_rows)
 
     def _array_named(self, name: str) -> RowArray:
         if name not in self._about["arrays"]:
@@ -315,18 +340,18 @@ class TableStore:
             raise ValueError(f"table {self.directory}: needs one of the steps {steps}, got step={step}; choose another")
         return None if step is None else self._about["steps"][str(step)]
 
-    def _numbers(self, rows: Any) -> Int[np.ndarray, "n"]:
-        numbers = np.arange(*rows.indices(self.n_rows)) if isinstance(rows, slice) else np.asarray(rows, np.int64)
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.n_rows):
+    def _numbers(self, rows: Any, n_rows: int) -> Int[np.ndarray, "n"]:
+        numbers = np.arange(*rows.indices(n_rows)) if isinstance(rows, slice) else np.asarray(rows, np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= n_rows):
             raise ValueError(
-                f"table {self.directory}: needs rows in 0..{self.n_rows - 1}, got {numbers.min()}..{numbers.max()}; "
+                f"table {self.directory}: needs rows in 0..{n_rows - 1}, got {numbers.min()}..{numbers.max()}; "
                 "grow the table, or change them"
             )
         return numbers
 
     def _damaged(self, error: Exception) -> CheckpointError:
         what = "some files"
-        if at := re.search(r'"(\w+)/c/(\d+)/0"', str(error)):
+        if at := _CHUNK.search(str(error)):
             name, chunk = at[1], int(at[2])
             size = self._array_named(name).chunk_rows
             what = f"{name} of rows {chunk * size}..{min(chunk * size + size, self.n_rows) - 1}"
@@ -334,3 +359,8 @@ class TableStore:
             f"table {self.directory} is damaged: needs {what} as written, got {reason(error)}; "
             "rewind to an earlier step, or copy the directory back from elsewhere"
         )
+
+
+def _sealed(about: dict[str, Any]) -> str:
+    text = json.dumps(about)
+    return json.dumps({"about": about, "crc32": zlib.crc32(text.encode())})

@@ -2,7 +2,7 @@
 
 A commit writes one file of new values and of the changed nodes of a B+tree, and then replaces `manifest.ocdbt`, which lists
 versions: all of a commit is there, or nothing of it. Values that no listed version refers to still take space. This drops
-versions from the manifest, deletes files that no version needs, and finds the few living values in files that are mostly dead.
+versions from the manifest, deletes files that no version needs, and finds the living values in files that are mostly dead.
 
 One job writes at a time. Reference: https://google.github.io/tensorstore/kvstore/ocdbt
 """
@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # `import jaxmem` stays light
 MANIFEST = "manifest.ocdbt"
 MOST_VERSIONS = 2**16 - 1
 """As many commits fit one manifest; beyond it, OCDBT would move versions to places that this does not look at."""
-_NODE_BYTES = 2**16  # a commit writes the nodes above what it changes: small ones, a hundred or so entries
+_CONFIG = {"max_decoded_node_bytes": 2**16, "version_tree_arity_log2": 16}
+"""A commit writes the nodes above what it changes: small ones, of a few hundred entries. Places of 2**16 versions."""
 _PIECE_BYTES = 2**28  # moved in one commit
 _FILES = "d"
 _NOWHERE = "value:::0:0"
@@ -64,43 +65,39 @@ class Versions:
 
         self.context = ts.Context()
 
-    def spec(self, version: int | None = None) -> dict[str, Any]:
-        """What TensorStore opens: the newest version, or one of a number, which is read-only."""
-        config = {"max_decoded_node_bytes": _NODE_BYTES, "version_tree_arity_log2": 16}
-        spec = {"driver": "ocdbt", "base": f"file://{self.directory}/"}
-        return {**spec, "config": config} if version is None else {**spec, "version": version}
-
-    def store(self, version: int | None = None) -> "ts.KvStore":
+    def store(self, version: int | None = None, **options: Any) -> "ts.KvStore":
+        """The newest version, or that of a number, which is read-only."""
         import tensorstore as ts
 
-        return ts.KvStore.open(self.spec(version), context=self.context).result()
+        spec = {"driver": "ocdbt", "base": f"file://{self.directory}/", **options}
+        spec |= {} if version is None else {"version": version}
+        return ts.KvStore.open(spec, context=self.context).result()
 
     def numbers(self) -> list[int]:
         """Of the versions that can be read, oldest first."""
         return [version["generation_number"] for version in self._manifest()["versions"]]
 
-    def commit(self, write: Callable[["ts.KvStore"], None], first: bool = False) -> int:
+    def commit(self, write: Callable[["ts.KvStore"], None], after: int | None) -> int:
         """All that `write` writes in the transaction of the store it gets, or nothing; returns the new version's number.
 
         Args:
-          first: of a directory without versions.
+          after: number of the newest version; None: there is none yet.
 
         Raises: CheckpointError if it cannot be written, or another program has written at the same time.
         """
         import tensorstore as ts
 
-        newest = 1 if first else self.numbers()[-1]
-        if newest >= MOST_VERSIONS:
+        if after is not None and after >= MOST_VERSIONS:
             raise CheckpointError(
-                f"table {self.directory}: needs fewer than {MOST_VERSIONS} commits, got {newest}; copy its rows to a new one"
+                f"table {self.directory}: needs fewer than {MOST_VERSIONS} commits, got {after}; copy its rows to a new one"
             )
+        self._expect(after)
+        options = {"config": _CONFIG} if after is None else {}
         with self.failed_write_explained(), ts.Transaction(atomic=True) as transaction:
-            write(self.store().with_transaction(transaction))
-        if (found := self.numbers()[-1]) != newest + 1:
-            raise CheckpointError(
-                f"table {self.directory}: needs one writer at a time, got version {found} after {newest}; stop the other"
-            )
-        return found
+            write(self.store(**options).with_transaction(transaction))
+        number = 2 if after is None else after + 1  # the first commit makes an empty version before it
+        self._expect(number)
+        return number
 
     def keep(self, numbers: Collection[int]) -> None:
         """Lists only these versions and the newest; their files stay until `sweep`."""
@@ -165,6 +162,13 @@ class Versions:
                 f"table {self.directory}: needs to be written, got {reason(error)}; "
                 "what was committed before is intact; make room there, and save again"
             ) from error
+
+    def _expect(self, newest: int | None) -> None:
+        if newest is not None and (found := self.numbers()[-1]) != newest:
+            raise CheckpointError(
+                f"table {self.directory}: needs one writer at a time, got version {found} instead of {newest}; "
+                "open it again, or stop the other"
+            )
 
     def _bytes_in_files(self, versions: list[dict[str, Any]]) -> Counter:
         """How much of each file these versions use, for values and nodes."""
