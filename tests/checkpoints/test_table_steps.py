@@ -11,7 +11,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -75,17 +74,18 @@ def test_a_run_goes_on_from_any_step_as_if_never_stopped(tmp_path):
 
 def test_a_save_writes_the_touched_rows_whatever_the_table(tmp_path):
     written = {}
-    for n_rows in (10**5, 10**6):
+    for n_rows in (10**4, 10**6):
         store = TableStore.create(tmp_path / str(n_rows), n_rows, {"values": RowArray(1024, "bfloat16")})
-        table = jnp.zeros((n_rows, 1024), jnp.bfloat16) if n_rows == 10**5 else np.zeros((n_rows, 1024), jnp.bfloat16)
+        table = np.broadcast_to(np.ones(1024, jnp.bfloat16), (n_rows, 1024))
+        table = jnp.asarray(table) if n_rows == 10**4 else table
         for n in (20, 80):
             rows = np.random.default_rng(n).permutation(n_rows)[:n]
             before = store.info().disk_bytes
             assert save_touched(store, n, {"values": table}, touch(none_touched(n_rows), rows)) == n
             written[n_rows, n] = store.info().disk_bytes - before
     for n in (20, 80):
-        assert 1 <= written[10**5, n] / (n * CHUNK_BYTES) < 1.25, written
-        assert 0.9 < written[10**6, n] / written[10**5, n] < 1.1, written
+        assert 1 <= written[10**4, n] / (n * CHUNK_BYTES) < 1.25, written
+        assert 0.9 < written[10**6, n] / written[10**4, n] < 1.1, written
 
 
 def test_touched_rows_are_those_of_gradients():
@@ -136,8 +136,8 @@ def test_the_last_steps_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "tables, touched, step, keep_last, message",
     [
-        ({"values": jnp.zeros((M, V + 1))}, M, 6, None, r"needs values as stored, float32\[rows, 16\], got values=float32\[4096, 17\]"),
-        ({"values": jnp.zeros((M, V), jnp.bfloat16)}, M, 6, None, r"got values=bfloat16\[4096, 16\]; change it, or make another table"),
+        ({"values": jnp.zeros((M, V + 1))}, M, 6, None, r"needs values as stored, float32\[rows, 16\], got values=float32\[4096,"),
+        ({"values": jnp.zeros((M, V), jnp.bfloat16)}, M, 6, None, r"got values=bfloat16\[4096, 16\]; change it, or make "),
         ({"values": jnp.zeros((9, V))}, 9, 6, None, "needs as many rows as stored, 4096, got n_rows=9; grow the smaller"),
         ({"values": jnp.zeros((M, V))}, 9, 6, None, r"needs touched for its 4096 rows, got \(9,\); use none_touched"),
         ({"values": jnp.zeros((M, V))}, M, 5, None, "needs a step after 5, the last saved, got step=5; rewind first"),
@@ -253,7 +253,3 @@ def test_a_damaged_step_is_told_and_the_step_before_goes_on(tmp_path):
     store.rewind(5)
     assert_same(load_table(store, 5, LIKE), trained(start, 0, 5))
     assert_same(trained(load_table(store, 5, LIKE), 5, 10, store), trained(start, 0, 10))
-
-
-def test_lazy_adam_is_what_is_saved():
-    assert isinstance(OPTIMIZER, optax.GradientTransformation)
