@@ -4,7 +4,7 @@ A commit writes one file of new values and of the changed nodes of a B+tree, and
 versions: all of a commit is there, or nothing of it. Values that no listed version refers to still take space. This drops
 versions from the manifest, deletes files that no version needs, and finds the living values in files that are mostly dead.
 
-One job writes at a time. Reference: https://google.github.io/tensorstore/kvstore/ocdbt
+One job writes at a time, to a local directory or one mounted. Reference: https://google.github.io/tensorstore/kvstore/ocdbt
 """
 
 import contextlib
@@ -92,6 +92,7 @@ class Versions:
                 f"table {self.directory}: needs fewer than {MOST_VERSIONS} commits, got {after}; copy its rows to a new one"
             )
         self._expect(after)
+        self._remove_leftover()
         options = {"config": _CONFIG} if after is None else {}
         with self.failed_write_explained(), ts.Transaction(atomic=True) as transaction:
             write(self.store(**options).with_transaction(transaction))
@@ -163,6 +164,10 @@ class Versions:
                 "what was committed before is intact; make room there, and save again"
             ) from error
 
+    def _remove_leftover(self) -> None:
+        """Of a killed write: TensorStore does not truncate it, and would rename it with its old end (0.1.86)."""
+        (self.directory / f"{MANIFEST}.__lock").unlink(missing_ok=True)
+
     def _expect(self, newest: int | None) -> None:
         if newest is not None and (found := self.numbers()[-1]) != newest:
             raise CheckpointError(
@@ -224,6 +229,7 @@ class Versions:
     def _replace(self, manifest: dict[str, Any]) -> None:
         import tensorstore as ts
 
+        self._remove_leftover()
         with self.failed_write_explained():  # written beside, synced and renamed
             self._base().write(MANIFEST, ts.ocdbt.undump_manifest(manifest)).result()
         self.refresh()
