@@ -1,6 +1,6 @@
 """Where the rows of a table are that is not on the device: what an `OffloadedTable` asks of it, and arrays of host memory."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from jaxmem.typing import Int
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Where the rows of a table are; `HostRows`, or `DiskRows` of `jaxmem.checkpoints`."""
 

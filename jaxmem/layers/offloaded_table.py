@@ -12,7 +12,7 @@ Ids known before the forward pass (of tokens, say) are placed, those of the next
     pending = table.prefetch(cache, next_ids)                   while the step of this batch runs
     cache, slots = table.place(cache, next_ids, pending)
 
-Ids known only inside of it are looked up under jit by `table.bag_through`: hits in the cache, misses by a callback to the host.
+Ids known only inside of it are looked up under jit by `table.bag_through`, misses by a callback to the host.
 
 Cost: C width numbers per array on the device; per batch, its misses from their place to the device, and on the host O(C).
 """
@@ -28,6 +28,8 @@ import numpy as np
 from jaxmem.layers.host_rows import Rows
 from jaxmem.pallas_kernels.memory_lookup import RowGradient, bag
 from jaxmem.typing import Array, Bool, Float, Int, Shaped
+
+Ids = Int[np.ndarray | Array, "..."] | list[int]
 
 
 class Counts(NamedTuple):
@@ -105,7 +107,7 @@ class OffloadedTable:
         arrays = {name: make(like) for name, like in self.rows.like().items()}
         return RowCache(arrays, none, none, read_in, changed, 0, Counts())
 
-    def prefetch(self, cache: RowCache, ids: Int[np.ndarray | Array, "..."]) -> Pending:
+    def prefetch(self, cache: RowCache, ids: Ids) -> Pending:
         """Starts to read the rows of the next batch that the cache has not, in a thread.
 
         Args:
@@ -116,9 +118,7 @@ class OffloadedTable:
         missing = self._find(cache, self._known(ids)).missing
         return Pending(cache.batch, missing, self._thread.submit(self.rows.read, missing))
 
-    def place(
-        self, cache: RowCache, ids: Int[np.ndarray | Array, "..."], pending: Pending | None = None
-    ) -> tuple[RowCache, Int[Array, "..."]]:
+    def place(self, cache: RowCache, ids: Ids, pending: Pending | None = None) -> tuple[RowCache, Int[Array, "..."]]:
         """A cache with all rows of a batch, and the slot of each of its ids.
 
         Args:
@@ -193,8 +193,8 @@ class OffloadedTable:
     ) -> Float[Array, "*batch V"]:
         """bag(the whole table, ids, weights) under jit, for ids that nobody knows before.
 
-        It has gradients in the arrays of the view and in weights. That of the whole table is `row_gradient` of the gradient of
-        what is returned: add zeros to it, and take theirs.
+        It has gradients in the arrays of the view and in weights. That of the whole table is `row_gradient` of the gradient
+        of what is returned: add zeros to it, and take theirs.
 
         Args:
           view: of the cache as it is.
@@ -229,7 +229,7 @@ class OffloadedTable:
             found[real] = self.rows.read(rows[real].astype(np.int64))[name]
         return found
 
-    def _known(self, ids: Int[np.ndarray | Array, "..."]) -> Int[np.ndarray, "n"]:
+    def _known(self, ids: Ids) -> Int[np.ndarray, "n"]:
         """Different ids, ascending."""
         different = np.unique(np.asarray(ids)).astype(np.int64)
         if different.size and (different[0] < 0 or different[-1] >= self.rows.n_rows):
