@@ -1,8 +1,11 @@
-"""One array of a table on disk: its dtype, its chunks, and what rows read as before they are written."""
+"""What a table on disk is made of: arrays, their chunks, and what rows read as before they are written."""
 
+import contextlib
 import dataclasses
+import json
 import math
-from typing import Any
+import zlib
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +54,33 @@ class RowArray:
         return max(1, CHUNK_BYTES // self.row_bytes)
 
 
+class TableInfo(NamedTuple):
+    n_rows: int
+    arrays: dict[str, RowArray]
+    n_chunks: int
+    """That were ever written."""
+    live_bytes: int
+    """Of the newest version."""
+    disk_bytes: int
+    """Of all that are kept, and of what waits to be deleted."""
+    steps: list[int]
+    n_versions: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.n_rows:,} rows"]
+        for name, array in self.arrays.items():
+            new = (
+                f"{array.fill:g}"
+                if array.stddev is None
+                else f"normal, deviation {array.stddev:.3g}, seed {array.seed}"
+            )
+            shape = f"{array.dtype}[{self.n_rows}, {array.width}]"
+            lines.append(f"{name}: {shape}, {array.chunk_rows} rows a chunk, new rows: {new}")
+        lines.append(f"{self.n_chunks:,} chunks written, {self.live_bytes:,} bytes; {self.disk_bytes:,} bytes on disk")
+        steps = ", ".join(map(str, self.steps)) or "none"
+        return "\n".join([*lines, f"steps: {steps} ({self.n_versions} versions)"])
+
+
 def initial_rows(array: RowArray, rows: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n width"]:
     """What rows to be drawn read as: normal numbers of Philox blocks that belong to the row, by Box and Muller's method.
 
@@ -96,3 +126,16 @@ def zarr_spec(array: RowArray, n_rows: int) -> dict[str, Any]:
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         },
     }
+
+
+def sealed(about: dict[str, Any]) -> bytes:
+    """JSON, which keeps its order, with its CRC-32."""
+    text = json.dumps(about)
+    return json.dumps({"about": about, "crc32": zlib.crc32(text.encode())}).encode()
+
+
+def unsealed(text: bytes) -> dict[str, Any] | None:
+    """What was sealed; None if anything of it has changed."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        about = json.loads(text)["about"]
+        return about if sealed(about) == text else None

@@ -9,20 +9,26 @@ Rows that were never written take no space. They read as a constant, or as norma
 Cost: a read or write of n scattered rows touches n chunks, i.e. max(4 KiB, a row) for each, whatever M.
 """
 
-import contextlib
 import dataclasses
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxmem.checkpoints.reading import CheckpointError
-from jaxmem.checkpoints.table_rows import CHUNK_BYTES, RowArray, initial_rows, is_mark, zarr_spec
+from jaxmem.checkpoints.table_rows import (
+    CHUNK_BYTES,
+    RowArray,
+    TableInfo,
+    initial_rows,
+    is_mark,
+    sealed,
+    unsealed,
+    zarr_spec,
+)
 from jaxmem.checkpoints.table_versions import MANIFEST, Versions, reason
 from jaxmem.typing import Array, Int, Shaped
 
@@ -31,19 +37,6 @@ if TYPE_CHECKING:  # `import jaxmem` stays light
 
 _ABOUT = "table.json"
 _CHUNK = re.compile(r'Error reading "(\w+)/c/(\d+)/0"')
-
-
-class TableInfo(NamedTuple):
-    n_rows: int
-    arrays: dict[str, RowArray]
-    n_chunks: int
-    """That were ever written."""
-    live_bytes: int
-    """Of the newest version."""
-    disk_bytes: int
-    """Of all that are kept, and of what waits to be deleted."""
-    steps: list[int]
-    n_versions: int
 
 
 class TableStore:
@@ -61,9 +54,8 @@ class TableStore:
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory).expanduser().resolve()
         if not (self.directory / MANIFEST).is_file():
-            raise ValueError(
-                f"table {self.directory}: needs a directory made by TableStore.create, got one without {MANIFEST}; "
-                "make it, or name another"
+            raise self._wrong(
+                f"needs a directory made by TableStore.create, got one without {MANIFEST}; make it, or name another"
             )
         self._versions = Versions(self.directory)
         self._forget()
@@ -94,9 +86,11 @@ class TableStore:
             for name, array in arrays.items():
                 kvstore = store / f"{name}/"
                 ts.open(zarr_spec(array, n_rows), kvstore=kvstore, create=True, transaction=store.transaction).result()
-            store.write(_ABOUT, _sealed(about)).result()
+            store.write(_ABOUT, sealed(about)).result()
 
-        Versions(directory).commit(write, after=None)
+        versions = Versions(directory)
+        versions.commit(write, after=None)
+        versions.keep(())  # nor the empty one before it
         return cls(directory)
 
     @property
@@ -134,14 +128,12 @@ class TableStore:
         for name, array in arrays.items():
             stored = self._array_named(name)
             if array.ndim != 2 or (array.shape[1], str(array.dtype)) != (stored.width, stored.dtype):
-                raise ValueError(
-                    f"table {self.directory}: needs {name} as stored, {stored.dtype}[rows, {stored.width}], "
+                raise self._wrong(
+                    f"needs {name} as stored, {stored.dtype}[rows, {stored.width}], "
                     f"got {name}={array.dtype}{list(array.shape)}; change it, or make another table"
                 )
         if n_rows is not None and n_rows != self.n_rows:
-            raise ValueError(
-                f"table {self.directory}: needs as many rows as stored, {self.n_rows}, got n_rows={n_rows}; grow the smaller"
-            )
+            raise self._wrong(f"needs as many rows as stored, {self.n_rows}, got n_rows={n_rows}; grow the smaller")
 
     def read(
         self,
@@ -191,20 +183,14 @@ class TableStore:
         self.expect(arrays)
         for name, array in arrays.items():
             if len(array) != len(rows):
-                raise ValueError(
-                    f"table {self.directory}: needs {len(rows)} rows of {name}, got {len(array)}; pass as many"
-                )
+                raise self._wrong(f"needs {len(rows)} rows of {name}, got {len(array)}; pass as many")
             if self.arrays[name].stddev is not None and np.any(is_mark(array)):
-                raise ValueError(
-                    f"table {self.directory}: needs {name} without the NaN of rows never written, got some; change them"
-                )
+                raise self._wrong(f"needs {name} without the NaN of rows never written, got some; change them")
         if len(np.unique(rows)) < len(rows):
-            raise ValueError(f"table {self.directory}: needs each row once, got some twice; add up what they get")
+            raise self._wrong("needs each row once, got some twice; add up what they get")
         last = max(map(int, self._about["steps"]), default=-1)
         if step is not None and step <= last:
-            raise ValueError(
-                f"table {self.directory}: needs a step after {last}, the last saved, got step={step}; rewind first"
-            )
+            raise self._wrong(f"needs a step after {last}, the last saved, got step={step}; rewind first")
 
         def write(store: "ts.KvStore") -> None:
             import tensorstore as ts
@@ -222,9 +208,7 @@ class TableStore:
         Raises: ValueError for fewer than there are.
         """
         if n_rows < self.n_rows:
-            raise ValueError(
-                f"table {self.directory}: needs at least its {self.n_rows} rows, got n_rows={n_rows}; rows are never dropped"
-            )
+            raise self._wrong(f"needs at least its {self.n_rows} rows, got n_rows={n_rows}; rows are never dropped")
 
         def write(store: "ts.KvStore") -> None:
             import tensorstore as ts
@@ -283,7 +267,7 @@ class TableStore:
 
         def write_all(store: "ts.KvStore") -> None:
             write(store)
-            store.write(_ABOUT, _sealed(about)).result()
+            store.write(_ABOUT, sealed(about)).result()
 
         try:
             self._versions.commit(write_all, after=self._number)
@@ -306,14 +290,10 @@ class TableStore:
         except Exception as error:
             raise self._damaged(error) from error
         if not text:
-            raise ValueError(
-                f"table {self.directory}: needs a directory made by TableStore.create, got other data; name it"
-            )
-        with contextlib.suppress(ValueError, KeyError):
-            sealed = json.loads(text)
-            if _sealed(about := sealed["about"]) == text.decode():
-                return about
-        raise self._damaged(ValueError(f"{_ABOUT} with another checksum"))
+            raise self._wrong("needs a directory made by TableStore.create, got other data; name it")
+        if (about := unsealed(text)) is None:
+            raise self._damaged(ValueError(f"{_ABOUT} with another checksum"))
+        return about
 
     def _open(self, name: str, version: int | None, n_rows: int) -> "ts.TensorStore":
         import tensorstore as ts
@@ -330,24 +310,24 @@ class TableStore:
 
     def _array_named(self, name: str) -> RowArray:
         if name not in self._about["arrays"]:
-            raise ValueError(
-                f"table {self.directory}: needs one of the arrays {', '.join(self._about['arrays'])}, got {name!r}; change it"
-            )
+            raise self._wrong(f"needs one of the arrays {', '.join(self._about['arrays'])}, got {name!r}; change it")
         return RowArray(**self._about["arrays"][name])
 
     def _version_of(self, step: int | None) -> int | None:
         if step is not None and step not in (steps := self.steps()):
-            raise ValueError(f"table {self.directory}: needs one of the steps {steps}, got step={step}; choose another")
+            raise self._wrong(f"needs one of the steps {steps}, got step={step}; choose another")
         return None if step is None else self._about["steps"][str(step)]
 
     def _numbers(self, rows: Any, n_rows: int) -> Int[np.ndarray, "n"]:
         numbers = np.arange(*rows.indices(n_rows)) if isinstance(rows, slice) else np.asarray(rows, np.int64)
         if numbers.size and (numbers.min() < 0 or numbers.max() >= n_rows):
-            raise ValueError(
-                f"table {self.directory}: needs rows in 0..{n_rows - 1}, got {numbers.min()}..{numbers.max()}; "
-                "grow the table, or change them"
+            raise self._wrong(
+                f"needs rows in 0..{n_rows - 1}, got {numbers.min()}..{numbers.max()}; grow the table, or change them"
             )
         return numbers
+
+    def _wrong(self, what: str) -> ValueError:
+        return ValueError(f"table {self.directory}: {what}")
 
     def _damaged(self, error: Exception) -> CheckpointError:
         what = "some files"
@@ -359,8 +339,3 @@ class TableStore:
             f"table {self.directory} is damaged: needs {what} as written, got {reason(error)}; "
             "rewind to an earlier step, or copy the directory back from elsewhere"
         )
-
-
-def _sealed(about: dict[str, Any]) -> str:
-    text = json.dumps(about)
-    return json.dumps({"about": about, "crc32": zlib.crc32(text.encode())})
