@@ -160,24 +160,26 @@ def test_mistakes_are_told_before_anything_is_written(tables, touched, step, kee
 
 SAVES_UNTIL_KILLED = """
     import sys
+    import jax
     import numpy as np
-    from jaxmem.checkpoints.table_steps import save_touched
-    from jaxmem.checkpoints.table_store import TableStore
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from jaxmem.checkpoints import TableStore, load_table, none_touched, save_touched, touch
 
     M, V = 4096, 16
+    mesh = jax.make_mesh((4, 2), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
+    like = jax.ShapeDtypeStruct((M, V), np.float32, sharding=NamedSharding(mesh, P("fsdp", "model")))
     store = TableStore(sys.argv[1])
     step = store.steps()[-1]
     store.rewind(step)
-    table = {name: store.read(name, slice(None), step=step) for name in ("values", "mu", "nu")}
+    tables = load_table(store, step, {name: like for name in ("values", "mu", "nu")})
+    put = jax.jit(lambda table, rows, new: table.at[rows].set(new))
     while True:
         step += 1
         rows = np.random.default_rng(step).permutation(M)[:300]
-        touched = np.zeros(M, bool)
-        touched[rows] = True
-        for array in table.values():
-            array[rows] = np.random.default_rng(step).normal(size=(300, V))
+        new = np.random.default_rng(step).normal(size=(300, V)).astype(np.float32)
+        tables = {name: put(table, rows, new) for name, table in tables.items()}
         print(step, flush=True)
-        save_touched(store, step, table, touched, keep_last=2)
+        save_touched(store, step, tables, touch(none_touched(M), rows), keep_last=2)
         print("saved", flush=True)
 """
 
@@ -191,7 +193,7 @@ def expected_at(start: np.ndarray, step: int) -> np.ndarray:
 
 
 def killed(directory, n_kills: int, seed: int) -> tuple[int, int]:
-    """Kills, and checks after each that all steps are whole; how often the step in hand was not there, and that it was."""
+    """Kills, checking that all steps are whole, on another mesh too; how often the step in hand was not there, and that it was."""
     store = new(directory)
     store.write([], {}, step=0)
     start = {name: store.read(name, slice(None)) for name in LIKE}
@@ -208,7 +210,7 @@ def killed(directory, n_kills: int, seed: int) -> tuple[int, int]:
         first = child.stdout.readline()
         assert first and int(first) == before + 1, child.stderr.read()
         passed = [child.stdout.readline() for _ in range(2 * moment.randrange(3))]  # whole saves first
-        time.sleep(moment.uniform(0, 0.06))
+        time.sleep(moment.uniform(0, 0.12))
         child.send_signal(signal.SIGKILL)
         printed, errors = child.communicate()
         assert errors == ""
@@ -222,6 +224,11 @@ def killed(directory, n_kills: int, seed: int) -> tuple[int, int]:
             for step in store.steps():
                 np.testing.assert_array_equal(store.read(name, slice(None), step=step), expected_at(start[name], step))
             np.testing.assert_array_equal(store.read(name, slice(None)), expected_at(start[name], last))
+        mesh = jax.make_mesh((2, 4), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
+        other = jax.ShapeDtypeStruct((M, V), jnp.float32, sharding=NamedSharding(mesh, P("model", "fsdp")))
+        found = load_table(store, last, {"mu": other})["mu"]
+        assert found.sharding.is_equivalent_to(other.sharding, 2)
+        np.testing.assert_array_equal(found, expected_at(start["mu"], last))
     store.keep([last])
     store.compact()
     for name in LIKE:
@@ -239,7 +246,7 @@ def test_kill_9_forty_times(tmp_path):
     print(
         f"\n40 kills: {before} in a save that then never was, {after} behind its commit; every step that was kept is whole"
     )
-    assert before > 5 and after > 5
+    assert before > 2 and after > 2
 
 
 @pytest.mark.parametrize("write", ["commit", "rewind"])
