@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         commands = {"train": _train_command(argv), "generate": generate, "info": info}
-        commands |= {"plan": _plan_command(argv), "kernels": kernels}
+        commands |= {"plan": _plan_command(argv), "kernels": kernels, "table": table}
         return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxmem", description=_ABOUT, args=argv) or 0
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
@@ -201,12 +201,12 @@ def info(model: Positional[str], context: int = 2048) -> int:
     """
     from rich.console import Console
 
-    from jaxmem.models.accounting import account, table
+    from jaxmem.models import accounting
     from jaxmem.models.presets import preset
     from jaxmem.training.experiment import load_experiment
 
     config = load_experiment(model).model if model.endswith(".py") else preset(model)
-    Console().print(table(model, config, account(config, context), context))
+    Console().print(accounting.table(model, config, accounting.account(config, context), context))
     return 0
 
 
@@ -240,6 +240,47 @@ def kernels(
         for generation in tpu or ("v5p", "v6e", "tpu7x"):
             for line in kernel_report.report(generation, kernel_report.Problem(heads, tokens, width)):
                 print(line, flush=True)
+    return 0
+
+
+def table(
+    action: Positional[Literal["info", "create", "grow"]],
+    directory: Positional[str],
+    rows: int | None = None,
+    width: int | None = None,
+    input_width: int | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    moments: bool = False,
+) -> int:
+    """A table of memory rows on disk: what is in it, a new one, or more rows; nothing of these reads or writes a row.
+
+    Args:
+        action: info, create or grow.
+        directory: Of the table.
+        rows: To create, or to have after growing.
+        width: Of a value, to create.
+        input_width: Of an expert's input vector, to create; there are none if not given.
+        dtype: Of values and inputs, to create: float32, bfloat16 or float16.
+        seed: Of the normal numbers that new rows are.
+        moments: Create the moments of lazy Adam too, values_mu and values_nu.
+    """
+    from jaxmem.checkpoints.table_store import RowArray, TableStore
+
+    if action != "info" and (rows is None or (action == "create" and width is None)):
+        needed = "--rows" if action == "grow" else "--rows and --width"
+        raise ValueError(f"table {action}: needs {needed}, got rows={rows}, width={width}; give them")
+    if action == "create":
+        widths = {"values": width} | ({} if input_width is None else {"inputs": input_width})
+        drawn = lambda n, seed: RowArray(n, dtype, stddev=max(n, 1) ** -0.5, seed=seed)
+        arrays = {name: drawn(n, seed + i) for i, (name, n) in enumerate(widths.items())}
+        if moments:
+            arrays |= {f"{name}_{moment}": RowArray(n) for name, n in widths.items() for moment in ("mu", "nu")}
+        TableStore.create(directory, rows, arrays)
+    store = TableStore(directory)
+    if action == "grow":
+        store.grow(rows)
+    print(store.info())
     return 0
 
 

@@ -75,7 +75,7 @@ def jaxmem(*words, **environment) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "command, words",
     [
-        ((), ("train", "generate", "info", "Sequence models that remember", cli.TRACEBACK)),
+        ((), ("train", "generate", "info", "table", "Sequence models that remember", cli.TRACEBACK)),
         (("train",), ("EXPERIMENT.py --help", "--out", "--resume")),
         (
             ("train", "tiny.py"),
@@ -127,6 +127,16 @@ def test_info_makes_no_array(folder):
     [
         ("info mom-34m", "preset: needs one of quickstart, .*, got 'mom-34m'; did you mean mom-340m"),
         ("info quikstart", "did you mean quickstart"),
+        (
+            "table info empty",
+            "table .*/empty: needs a directory made by TableStore.create, got one without manifest.ocdbt; ",
+        ),
+        ("table create new --rows 9", "table create: needs --rows and --width, got rows=9, width=None; give them"),
+        (
+            "table create new --rows 9 --width 4 --dtype int8",
+            "table: needs dtype to be one of float32, .* for stddev, got",
+        ),
+        ("table grow empty", "table grow: needs --rows, got rows=None, width=None; give them"),
         ("info nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
         ("train nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
         ("train tiny", "train: needs an experiment file that ends in .py, got 'tiny'; name one"),
@@ -168,6 +178,22 @@ def test_bad_input_is_one_sentence(words, message, folder, capfd):
     assert sentence.startswith("jaxmem: ")
     assert re.search(message, sentence), sentence
     assert not Path("runs", "tiny", "config.json").exists()
+
+
+def test_a_table_is_made_grown_and_looked_at(folder, capsys):
+    assert run("table", "create", "rows", "--rows", 10**9, "--width", 256, "--input-width", 8, "--moments") == 0
+    assert run("table", "grow", "rows", "--rows", 2 * 10**9) == 0
+    capsys.readouterr()
+    assert run("table", "info", "rows") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == [
+        "2,000,000,000 rows",
+        "values: float32[2000000000, 256], 4 rows a chunk, new rows: normal, deviation 0.0625, seed 0",
+    ]
+    names = ["inputs", "values_mu", "values_nu", "inputs_mu", "inputs_nu", "0 chunks written", "steps"]
+    assert [line.split(",")[0].split(":")[0] for line in told[2:]] == names
+    assert run("table", "grow", "rows", "--rows", 5) == 2
+    assert "needs at least its 2000000000 rows, got n_rows=5; rows are never dropped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["", "trian", "train", "train tiny.py --stepz 3", "info mom-340m --context many"])
