@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -47,11 +47,15 @@ class CheckpointConfig:
     """By the lowest metric, of those that have one."""
     checksum_arrays: bool = True
     """Read every file once more for its CRC-32, about a second per GB; if False, only sizes above 1 MiB."""
+    tables: Literal["whole", "touched"] = "whole"
+    """Memory tables as all else, or of them and their moments only the rows that changed since the checkpoint before."""
 
     def __post_init__(self):
         for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"checkpoints: needs {name} of at least {least}, got {name}={value}; raise it")
+        if self.tables not in ("whole", "touched"):
+            raise ValueError(f"checkpoints: needs tables to be whole or touched, got tables={self.tables!r}; change it")
 
 
 @dataclasses.dataclass

@@ -102,17 +102,19 @@ def _load(store: TableStore, name: str, step: int | None, like: jax.ShapeDtypeSt
     return jax.make_array_from_callback(like.shape, sharding, part)
 
 
-def rows_on_host(table: Shaped[Array, "M width"], rows: Int[np.ndarray, "n"]) -> Shaped[np.ndarray, "n width"]:
-    """Ascending rows of an array on any mesh, without moving others."""
+def rows_on_host(
+    table: Shaped[Array, "*L M width"], rows: Int[np.ndarray, "n"], layer: tuple[int, ...] = ()
+) -> Shaped[np.ndarray, "n width"]:
+    """Ascending rows of an array on any mesh, without moving others; of stacked arrays those of one layer."""
     if isinstance(table, np.ndarray):
-        return table[rows]
-    found = np.empty((len(rows), table.shape[1]), table.dtype)
+        return table[*layer, rows]
+    found = np.empty((len(rows), table.shape[-1]), table.dtype)
     for shard in table.addressable_shards:
-        (start, stop, _), columns = shard.index[0].indices(table.shape[0]), shard.index[1]
+        (start, stop, _), columns = shard.index[-2].indices(table.shape[-2]), shard.index[-1]
         first, last = np.searchsorted(rows, (start, stop))
         if shard.replica_id == 0 and last > first:
             local = np.pad(rows[first:last] - start, (0, _padding(last - first)), mode="edge")
-            found[first:last, columns] = np.asarray(shard.data[local])[: last - first]
+            found[first:last, columns] = np.asarray(shard.data[*layer, local])[: last - first]
     return found
 
 

@@ -48,6 +48,11 @@ class TrainConfig:
                 "TrainConfig: needs data.batch_size divisible by accumulate, "
                 f"got batch_size={self.data.batch_size}, accumulate={self.accumulate}; change one of them"
             )
+        if self.checkpoint.tables == "touched" and self.optimizer.tables.update == "dense":
+            raise ValueError(
+                "TrainConfig: needs checkpoint.tables='whole' where every row changes at every step, "
+                "got checkpoint.tables='touched' with optimizer.tables.update='dense'; change one of them"
+            )
 
 
 def load_experiment(path: str | Path) -> TrainConfig:

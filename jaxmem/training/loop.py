@@ -40,6 +40,7 @@ from jaxmem.training.placement import (
 )
 from jaxmem.training.progress import Progress
 from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step, shifted
+from jaxmem.training.table_checkpoints import TableCheckpoints
 from jaxmem.training.tables import TABLES
 
 MAY_CHANGE = ("steps", "checkpoint", "mesh", "eval_every_steps", "eval_bytes", "sample_prompt", "sample_tokens")
@@ -87,7 +88,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     check_run_dir(run_dir, config, resume)
     began = time.monotonic()
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 or max(config.mesh.sizes) > 1 else None
-    run = _Run(config, tokenizer, mesh)
+    run = _Run(config, tokenizer, mesh, run_dir)
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(run_dir / "checkpoints", config.checkpoint, to_json(config)))
@@ -181,7 +182,9 @@ def stop_on_signals() -> Iterator[_Stop]:
 class _Run:
     """What stays the same from the first step to the last."""
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None):
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None, run_dir: Path):
+        touched = config.checkpoint.tables == "touched"
+        self.tables = TableCheckpoints(run_dir / "tables", config) if touched else None
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.share, self.place = share_of_rows(mesh), on_mesh(mesh)
         self.pieces = training_pieces(config.data, tokenizer)
@@ -198,11 +201,14 @@ class _Run:
         batches = train_batches(self.config.data, self.tokenizer, *self.share, pieces=self.pieces)
         fresh = jax.jit(lambda: init_state(self.config))
         if not store.steps():
+            if self.tables is not None:
+                self.tables.forget()  # what was saved for a checkpoint that was never complete
             state = fresh()
             if self.mesh is None:  # committed, as restored arrays are, so that both go on with the same compiled step
                 state = jax.device_put(state, jax.local_devices()[0])
             return state, batches, []
-        restored = store.restore(on_devices(jax.eval_shape(fresh), self.mesh)._asdict())
+        abstract = on_devices(jax.eval_shape(fresh), self.mesh)
+        restored = store.restore(abstract._asdict() if self.tables is None else self.tables.rest(abstract))
         if restored.data_state["fingerprint"] != self.pieces.fingerprint:
             raise ValueError(
                 f"resume: needs the training data that the checkpoint of step {restored.step} was made with, "
@@ -215,7 +221,8 @@ class _Run:
             )
         batches.set_state(scatter_state(restored.data_state["iterators"]))
         notes = [f"passed over: {note}" for note in restored.notes]
-        return TrainState(**restored.tree), batches, [*notes, f"resumed from the checkpoint of step {restored.step}"]
+        state = TrainState(**restored.tree) if self.tables is None else self.tables.restore(restored.tree, abstract)
+        return state, batches, [*notes, f"resumed from the checkpoint of step {restored.step}"]
 
     def steps(
         self, state: TrainState, batches, store: CheckpointStore, stop: _Stop, metrics: Metrics, progress: Progress
@@ -253,7 +260,11 @@ class _Run:
                         "fingerprint": self.pieces.fingerprint,
                         "iterators": gather_states(batches.get_state()),
                     }
-                    store.save(step, state._asdict(), data_state, evaluation and evaluation.bits_per_byte)
+                    if self.tables is not None:
+                        store.wait()  # so that what is complete stays so
+                        state = self.tables.save(state, store.steps())
+                    tree = state._asdict() if self.tables is None else self.tables.rest(state)
+                    store.save(step, tree, data_state, evaluation and evaluation.bits_per_byte)
                 clock.restart()
         return state, evaluation, stopping
 

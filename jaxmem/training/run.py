@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from flax import nnx
 
 from jaxmem.checkpoints import load_checkpoint
 from jaxmem.config import from_json
@@ -12,6 +13,8 @@ from jaxmem.models.decoder import Decoder
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.step import init_state, merge
+from jaxmem.training.table_checkpoints import TableCheckpoints
+from jaxmem.training.tables import TableTraining
 
 
 class LoadedRun(NamedTuple):
@@ -48,7 +51,12 @@ def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
             f"run: needs a tokenizer of at most {config.model.vocab_size} tokens, got vocab_size={tokenizer.vocab_size} "
             f"in {config.data.tokenizer}; put back the tokenizer that the model was trained with"
         )
-    abstract = {"params": jax.eval_shape(lambda: init_state(config)).params}
-    restored = load_checkpoint(run_dir / "checkpoints", abstract, step)
-    model = merge(config.model, restored.tree["params"])
+    params = jax.eval_shape(lambda: init_state(config)).params
+    apart = config.checkpoint.tables == "touched"
+    others, tables = TableTraining(config).split(params) if apart else (params, nnx.State({}))
+    restored = load_checkpoint(run_dir / "checkpoints", {"params": others}, step)
+    params = restored.tree["params"]
+    if tables:
+        params = nnx.merge_state(params, TableCheckpoints(run_dir / "tables", config).load(restored.step, tables))
+    model = merge(config.model, params)
     return LoadedRun(config, model, tokenizer, restored.step, restored.notes)

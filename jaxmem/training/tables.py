@@ -47,7 +47,7 @@ class TableTraining:
 
     def init(self, tables: nnx.State) -> PyTree:
         """The optimiser's state."""
-        return self._optimizer.init(_by_path(tables))
+        return self._optimizer.init(by_path(tables))
 
     def no_reads(self, batch: int, n_tokens: int) -> PyTree:
         """Zeros for every memory of the pattern, stacked over the repeats: what a step differentiates in."""
@@ -70,7 +70,7 @@ class TableTraining:
     def gradients(self, tables: nnx.State, reads: PyTree) -> Gradients:
         """Of all parts of a batch; reads have dimensions [parts repeats B T ..]."""
         found = {}
-        for path, table in _by_path(tables).items():
+        for path, table in by_path(tables).items():
             *_, kind = where = path.split("/")
             if where[0] == "blocks":  # [M V] of each repeat
                 place = int(where[1])
@@ -96,7 +96,7 @@ class TableTraining:
         self, gradients: Gradients, state: PyTree, tables: nnx.State, finite: Bool[Array, ""]
     ) -> tuple[nnx.State, PyTree, Float[Array, ""]]:
         """(tables, state, norm of the updates) after a step; if it is not finite, they are as before."""
-        arrays, if_finite = _by_path(tables), lambda new, old: jnp.where(finite, new, old)
+        arrays, if_finite = by_path(tables), lambda new, old: jnp.where(finite, new, old)
         if self._config.update == "lazy":
             nowhere = jnp.iinfo(jnp.int32).max
             gradients = {path: g._replace(rows=if_finite(g.rows, nowhere)) for path, g in gradients.items()}
@@ -106,8 +106,7 @@ class TableTraining:
             updates, new = self._optimizer.update(gradients, state, arrays)
             changed = optax.apply_updates(arrays, updates), new
             arrays, new = jax.tree.map(if_finite, changed, (arrays, state))
-        variables = [(path, v.replace(arrays[_name(path)])) for path, v in nnx.to_flat_state(tables)]
-        return nnx.from_flat_state(variables), new, gradients_norm(updates)
+        return with_arrays(tables, arrays), new, gradients_norm(updates)
 
 
 def gradients_norm(gradients: Gradients) -> Float[Array, ""]:
@@ -126,8 +125,14 @@ def _together(reads: list[TableReads]) -> TableReads:
     return jax.tree.map(lambda *x: jnp.concatenate([a.reshape(-1, *a.shape[2:]) for a in x]), *filled)
 
 
-def _by_path(tables: nnx.State) -> dict[str, Array]:
+def by_path(tables: nnx.State) -> dict[str, Array]:
+    """The arrays of tables."""
     return {_name(path): variable[...] for path, variable in nnx.to_flat_state(tables)}
+
+
+def with_arrays(tables: nnx.State, arrays: dict[str, Array]) -> nnx.State:
+    """Tables with other arrays."""
+    return nnx.from_flat_state([(path, v.replace(arrays[_name(path)])) for path, v in nnx.to_flat_state(tables)])
 
 
 def _name(path: tuple) -> str:
