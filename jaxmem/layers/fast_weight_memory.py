@@ -4,10 +4,10 @@
     o = g read(q) + (1 - g) v                            y = W_o RMSNorm(o)
     after every C tokens of a document: one gradient step towards read(q_{t-1}) = v_t, weighted by g_{t-1}
 
-`fast_weight_table` has the reads and the step. Tokens of a chunk read the table as it was at the chunk's start, which is empty
-in a document's first chunk: values are 0 there and sub-keys the learned ones. A query's target is the value of the next token,
-so a pair belongs to the chunk of its second token, and the last query of a chunk is carried into the next. Outer gradients go
-through all steps, back to the learned sub-keys.
+`fast_weight_table` has the reads and the step. Tokens of a chunk read the table as it was at the chunk's start, which is
+empty in a document's first chunk: values are 0 there and sub-keys the learned ones. A query's target is the value of the next
+token, so a pair belongs to the chunk of its second token, and the last query of a chunk is carried into the next. Outer
+gradients go through all steps, back to the learned sub-keys.
 
 This is no monoid: a step depends on what the table holds, so chunks run in order, and a sequence cannot be split over
 devices. Rows can.
@@ -16,8 +16,8 @@ Cost per token: 4 n K FLOPs of sub-scores, 6 k V of values, 2 k K of sub-keys, w
 its tokens and by its step. State: n^2 V + n K numbers per row, and a chunk of C (K + V + 1). Training keeps one table per row
 and chunk for the backward pass.
 
-Reference: Zhao and Jones 2026, Fast-weight Product Key Memory, arXiv 2601.00671, section 3. Neither the paper nor its code was
-at hand, only descriptions of both. By these the paper's step is 1 / N_m (`step="mean"`) and that of its code k / N_m, the
+Reference: Zhao and Jones 2026, Fast-weight Product Key Memory, arXiv 2601.00671, section 3. Neither the paper nor its code
+was at hand, only descriptions of both. By these the paper's step is 1 / N_m (`step="mean"`) and that of its code k / N_m, the
 default. Choices of this implementation: values start at 0 and sub-keys normal, queries have one norm and x none of its own
 before each projection, the z-scored v is also what the gate mixes in, a pair over the border of two chunks counts in the
 second. Not compared with other code.
@@ -35,7 +35,7 @@ from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.sharding import constrain, einsum, local, param
-from jaxmem.sharding.folds import spread_like
+from jaxmem.sharding.folds import from_last, sequence_axis, spread_like
 from jaxmem.sharding.placement import n_shards_of
 from jaxmem.typing import Array, DTypeLike, Float, Int
 
@@ -114,11 +114,11 @@ class FastWeightState(NamedTuple):
     """What the layer remembers of a document, in fp32; all 0 before it starts."""
 
     values: Float[Array, "B M V"]
-    moved: Float[Array, "B 2 n K/2"]
+    moved: Float[Array, "B 2 n half"]
     """How far the sub-keys are from the learned ones."""
     pairs: Pairs
     """Those of the chunk that is not full yet, the latest last; 0 in front."""
-    query: Float[Array, "B 1 2 K/2"]
+    query: Float[Array, "B 1 2 half"]
     """Of the last token."""
     gate: Float[Array, "B 1"]
     """Of the last token."""
@@ -208,14 +208,14 @@ class FastWeightMemory(nnx.Module):
         y = einsum("btv,vd->btd", o, self.out[...], (*_TOKENS, "embed")) * tokens.real[..., None]
         return y.astype(x.dtype), FastWeightState(*remembered, cursor)
 
-    def _mix(self, new: Pairs, places, learned_keys: Float[Array, "2 n K/2"], state):
+    def _mix(self, new: Pairs, places, learned_keys: Float[Array, "2 n half"], state):
         """What tokens read, and the state behind them, on one device's rows.
 
         Args: new: of each token its own query, gate and value.
         """
+        learned_keys, state = spread_like((learned_keys, state), new)  # so that gradients are exchanged once
         (position, starts, real, end_position), (values, moved, buffer, last_query, last_gate) = places, state
         size, rates, n_tokens = self.config.chunk_tokens, self.config.rates, position.shape[1]
-        learned_keys = spread_like(learned_keys, new)  # so that its gradient is exchanged once
         before = lambda last, a: jnp.where(_like(position > 0, a), jnp.concatenate([last, a[:, :-1]], axis=1), 0)
         pairs = Pairs(before(last_query, new.query), before(last_gate, new.gate), new.target)
         pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), buffer, pairs)  # [B C+T ...]
@@ -264,7 +264,8 @@ class FastWeightMemory(nnx.Module):
         kept = (jnp.arange(size) >= size - (end_position % size)[:, None]) | (n_real == 0)[:, None]
         buffer = jax.tree.map(lambda a: jnp.where(_like(kept, a), a, 0), _window(pairs, n_real, size))
         last = lambda last, a: _window(jnp.concatenate([last, a], axis=1), n_real, 1)
-        return found, (*table, buffer, last(last_query, new.query), last(last_gate, new.gate))
+        remembered = *table, buffer, last(last_query, new.query), last(last_gate, new.gate)
+        return found, from_last(remembered, sequence_axis())
 
 
 def _window(tree, start: Int[Array, "B"], size: int):

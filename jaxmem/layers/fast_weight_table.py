@@ -9,8 +9,8 @@ One step on C pairs of a query, a target z and a gate g, all with the table as i
     sub-keys    c_p -= a' d L_p / d c_p,   L_p = sum_i u_i log u_i,   u = mean_t softmax(the k highest s_p of q_t)
 
 The first is the gradient of sum_t g_t |read(q_t) - z_t|^2 / 2 in the values, per slot and read. The second is that of minus
-the entropy of how the chunk as a whole uses the sub-keys of a part: it spreads them out, and nothing else moves them. Both are
-written in closed form, so an outer gradient goes through them as through any other code.
+the entropy of how the chunk as a whole uses the sub-keys of a part: it spreads them out, and nothing else moves them. Both
+are written in closed form, so an outer gradient goes through them as through any other code.
 """
 
 from typing import Literal, NamedTuple
@@ -42,13 +42,13 @@ class Rates(NamedTuple):
 class Pairs(NamedTuple):
     """What is to be written: reading query should give target."""
 
-    query: Float[Array, "B C 2 K/2"]
+    query: Float[Array, "B C 2 half"]
     gate: Float[Array, "B C"]
     target: Float[Array, "B C V"]
 
 
 def sub_scores(
-    query: Float[Array, "B T 2 K/2"], keys: Float[Array, "B 2 n K/2"], score: Score, eps: float
+    query: Float[Array, "B T 2 half"], keys: Float[Array, "B 2 n half"], score: Score, eps: float
 ) -> Float[Array, "B T 2 n"]:
     """s_p of every sub-key.
 
@@ -64,7 +64,7 @@ def sub_scores(
 
 
 def read(
-    query: Float[Array, "B T 2 K/2"], keys: Float[Array, "B 2 n K/2"], values: Float[Array, "B M V"], rates: Rates
+    query: Float[Array, "B T 2 half"], keys: Float[Array, "B 2 n half"], values: Float[Array, "B M V"], rates: Rates
 ) -> Float[Array, "B T V"]:
     """What the rows' tables hold for these queries."""
     return _look_up(sub_scores(query, keys, rates.score, rates.eps), values, rates.top_k)[0]
@@ -85,10 +85,10 @@ def _first_row(batch: int, n_rows: int) -> Int[Array, "B 1 1"]:
 def write(
     pairs: Pairs,
     valid: Bool[Array, "B C"],
-    keys: Float[Array, "B 2 n K/2"],
+    keys: Float[Array, "B 2 n half"],
     values: Float[Array, "B M V"],
     rates: Rates,
-) -> tuple[Float[Array, "B 2 n K/2"], Float[Array, "B M V"]]:
+) -> tuple[Float[Array, "B 2 n half"], Float[Array, "B M V"]]:
     """The step of the module docstring: what to add to the sub-keys, and the new values.
 
     Args:
@@ -131,12 +131,12 @@ def _usage(ids: Int[Array, "B C 2 k"], weights, valid, n: int) -> Float[Array, "
 
 
 def addressing_gradient(
-    query: Float[Array, "B C 2 K/2"],
+    query: Float[Array, "B C 2 half"],
     valid: Bool[Array, "B C"],
-    keys: Float[Array, "B 2 n K/2"],
+    keys: Float[Array, "B 2 n half"],
     scores: Float[Array, "B C 2 n"],
     rates: Rates,
-) -> Float[Array, "B 2 n K/2"]:
+) -> Float[Array, "B 2 n half"]:
     """The gradient of `addressing_loss` in the sub-keys.
 
     dL / ds_ti = softmax_ti (log u_i - sum_j softmax_tj log u_j) / C, and ds_ti / dc_i = q_t or 2 (q_t - c_i) / (eps + d^2).

@@ -25,7 +25,12 @@ CONFIGS = {
     "dot, mean": FastWeightMemoryConfig(9, 2, 4, 6, chunk_tokens=5, score="dot", step="mean", learning_rate=0.7),
     "every token": FastWeightMemoryConfig(9, 2, 4, 6, chunk_tokens=1, key_learning_rate=0.3),
 }
-IDS = jnp.array([[1] * 13 + [2] * 3 + [3] * 7, [1] * 2 + [2] * 16 + [0] * 5], jnp.int32)
+IDS = np.array([[1] * 13 + [2] * 3 + [3] * 7, [1] * 2 + [2] * 16 + [0] * 5], np.int32)
+
+
+every_config = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "idw" else pytest.mark.slow) for n in CONFIGS]
+)
 
 
 @functools.cache
@@ -45,7 +50,7 @@ def written_out(layer, x):
     c, y = layer.config, jnp.zeros_like(x)
     for row in range(B):
         for document in range(1, 4):
-            (places,) = np.nonzero(np.asarray(IDS[row]) == document)
+            (places,) = np.nonzero(IDS[row] == document)
             if len(places):
                 y = y.at[row, places].set(of_document(c, layer, x[row, places]))
     return y
@@ -87,15 +92,15 @@ def with_gradients(function, *arguments):
     return y, pull(weight)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 def test_the_layer_is_its_chunks_written_out(name):
     layer, x = draw(CONFIGS[name])
-    got = jax.jit(lambda layer, x: with_gradients(lambda layer, x: layer(x, segment_ids=IDS)[0], layer, x))
+    got = jax.jit(lambda layer, x: with_gradients(lambda layer, x: layer(x, segment_ids=jnp.asarray(IDS))[0], layer, x))
     want = jax.jit(lambda layer, x: with_gradients(written_out, layer, x))
     assert_close(got(layer, x), want(layer, x))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 def test_split_anywhere_is_whole(name):
     layer, x = draw(CONFIGS[name])
     y, state = call(layer, x, None, IDS)
@@ -126,7 +131,7 @@ def test_the_future_is_not_seen():
     gradient = jax.jit(
         jax.grad(lambda x, now: jnp.sum(jnp.where(jnp.arange(T) < now, jnp.sum(layer(x)[0] ** 2, -1), 0)))
     )
-    for now in (1, C, C + 1, 2 * C, T - 1):
+    for now in (C, C + 1, T - 1):
         d_x = np.asarray(gradient(x, now))
         assert not np.any(d_x[:, now:]) and np.all(np.any(d_x[:, :now] != 0, axis=-1))
         changed = np.where((np.arange(T) < now)[:, None], x, -x)
@@ -173,9 +178,6 @@ def test_rows_over_devices_are_rows_on_one():
 
     want = run(layer, x, ids)
     with use_mesh(make_mesh(MeshConfig(data=2, fsdp=2, model=2))):
-        placed = CONFIG.make(D, rngs=nnx.Rngs(0))
-        graph, parameters = nnx.split(placed)
-        place = lambda new, old: jax.device_put(new, jax.typeof(old).sharding.spec) if False else new
         got = run(
             layer, constrain(jnp.asarray(x), "batch", "time", "embed"), constrain(jnp.asarray(ids), "batch", "time")
         )

@@ -1,4 +1,4 @@
-"""Reading and writing a fast-weight table: against all slots written out, and against nested gradients of the inner losses."""
+"""Reading and writing a fast-weight table: against all slots written out, and nested gradients of the losses."""
 
 import functools
 
