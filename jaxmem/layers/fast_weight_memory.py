@@ -141,7 +141,7 @@ class FastWeightMemory(nnx.Module):
     """The layer of the module docstring; see `mixer` for how it is called.
 
     >>> config = FastWeightMemoryConfig(n_slots=16, top_k=2, key_dim=4, value_dim=6, chunk_tokens=3)
-    >>> y, state = config.make(8, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 8)))
+    >>> y, state = jax.jit(config.make(8, rngs=nnx.Rngs(0)))(jnp.ones((1, 5, 8)))
     >>> y.shape, state.values.shape
     ((1, 5, 8), (1, 16, 6))
     """
