@@ -128,7 +128,7 @@ class FastWeightState(NamedTuple):
 _TOKENS = ("batch", "time")
 _PAIRS = Pairs(("batch", "tap", None, "key"), ("batch", "tap"), ("batch", "tap", "value"))
 _STATE = FastWeightState(
-    ("batch", "slots", "value"),
+    ("batch", None, "value"),
     ("batch", None, "sub_keys", "key"),
     _PAIRS,
     ("batch", "tap", None, "key"),

@@ -124,7 +124,7 @@ def balanced_routing(counts: tuple[int, ...] | np.ndarray, n_experts: int) -> tu
     return tuple(routing.tolist())
 
 
-_TABLE = ("slots", "embed")
+_TABLE = (None, "embed")  # whole on every device
 _TOKENS = ("batch", "time")
 _X = ("batch", "time", "embed")
 
