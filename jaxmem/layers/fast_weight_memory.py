@@ -58,8 +58,8 @@ class FastWeightMemoryConfig:
     eps: float = 1e-3
     """Of "idw": squared distances below it count alike."""
     step: Literal["top_k", "mean"] = "top_k"
-    """The step of a slot is its gradient times k / reads or 1 / reads: the first writes a target wholly where its k weights
-    are equal, the second never overshoots."""
+    """The step of a slot is its gradient times k / reads or 1 / reads. The first writes a target wholly where its k weights
+    are equal, and overshoots, up to k times, the more one of them outweighs the others; the second never does."""
     learning_rate: float = 1.0
     """Times the step of values."""
     key_learning_rate: float = 1.0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxmem.config import from_json, to_json
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.fast_weight_memory import FastWeightMemoryConfig, fwpkm
 from jaxmem.layers.fast_weight_table import Pairs, read, write
@@ -196,6 +197,7 @@ def test_a_mesh_that_splits_the_sequence_is_refused():
 
 def test_in_a_decoder():
     c = DecoderConfig(D, 16, (AttentionConfig(n_heads=2), CONFIG), repeats=2, vocab_size=64)
+    assert from_json(to_json(c)) == c
     cost = account(c, T)
     model = nnx.eval_shape(lambda: c.make(rngs=nnx.Rngs(0)))
     assert cost.n_parameters == count_parameters(model)

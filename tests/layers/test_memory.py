@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from recordings import recordings
 
+from jaxmem.config import from_json, to_json
 from jaxmem.layers.memory import MemoryConfig, MemoryTable, memory_plus, peer, pkm, ultramem
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.layers.tucker_keys import TuckerKeysConfig
@@ -175,6 +176,7 @@ PUBLISHED["ultramem"] = ultramem, 360**2 * 192
 def test_published_layers_build_and_run(name):
     make, numbers_in_table = PUBLISHED[name]
     config = make()
+    assert from_json(to_json(config)) == config
     layer, table = (nnx.eval_shape(lambda m=m: m(1024, rngs=nnx.Rngs(0))) for m in (config.make, config.make_table))
     in_table = 0 if layer.table is None else sum(a.size for a in jax.tree.leaves(layer.table))
     assert in_table == numbers_in_table
