@@ -10,8 +10,8 @@ All heads read one table [M V]. The table belongs to the layer, or is a `MemoryT
 may pass to several layers; two models never share one unless they are given it.
 
 Cost per token: that of the product keys, 2 H k V FLOPs of the values (and 2 H k D of the experts' inputs), H k rows of V
-numbers read. Parameters: M V (and M D), of which a token reads H k rows. Under a mesh each device reads for its own tokens
-and heads from a whole table; what is stored of it is split like other parameters along its width.
+numbers read. Parameters: M V (and M D), of which a token reads H k rows. Under a mesh a table is split by columns or rows,
+and read where it is (`jaxmem.sharding.tables`).
 
 Reference: Lample et al. 2019, arXiv 1907.05242 (`pkm`); Berges et al. 2024, Memory Layers at Scale, arXiv 2412.09764
 (`memory_plus`); He 2024, Mixture of A Million Experts, arXiv 2407.04153 (`peer`); Huang et al. 2024, Ultra-Sparse Memory
@@ -23,28 +23,21 @@ and keys, here it is an option; PEER-pytorch keeps one expert per head whatever 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.layers.memory_table import Activation, MemoryTable, TableDtype, table_to_read
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.layers.tucker_keys import TuckerKeysConfig
-from jaxmem.pallas_kernels.memory_lookup import bag, dots
-from jaxmem.sharding import constrain, einsum, local, param, sum_over
-from jaxmem.sharding.folds import spread_like
+from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding.tables import CHOICES, X
 from jaxmem.typing import Array, Float, Int
 
 Score = Literal["softmax", "relu", "sigmoid", "linear"]
 Output = Literal["plain", "linear", "swilu"]
-Activation = Literal["gelu", "relu", "silu"]
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +54,15 @@ class MemoryConfig:
     output: Output = "plain"
     gated: bool = False
     """Multiply the output by sigmoid(w . x), one number per token."""
+    table_dtype: TableDtype = "float32"
+    """Of the table as it is stored; rows are summed, and their gradients, in fp32."""
     shared_table: bool = False
     """The table is an argument of the call instead of a part of the layer."""
     placement: Literal["replace", "beside"] = "replace"
     """In a decoder's block: instead of the feed-forward, or added to it."""
 
     def __post_init__(self):
-        known = {"score": Score, "expert": Activation, "output": Output}
+        known = {"score": Score, "expert": Activation, "output": Output, "table_dtype": TableDtype}
         for name, kind in (known | {"placement": Literal["replace", "beside"]}).items():
             value = getattr(self, name)
             if value not in get_args(kind) and not (name == "expert" and value is None):
@@ -89,6 +84,13 @@ class MemoryConfig:
         """Slots, width of a value, width of an expert's input vector."""
         return self.keys.n_slots, self.width(d_model), None if self.expert is None else d_model
 
+    choice_axes = CHOICES
+
+    @property
+    def choices(self) -> tuple[int, int]:
+        """Heads, and slots that each reads per token."""
+        return self.keys.n_heads, self.keys.top_k
+
     def numbers_read(self, d_model: int) -> int:
         """Numbers in the rows that a token reads: values, and experts' input vectors."""
         return self.keys.n_reads * (self.width(d_model) + (0 if self.expert is None else d_model))
@@ -106,7 +108,7 @@ class MemoryConfig:
 
     def make_table(self, d_model: int, *, rngs: nnx.Rngs) -> "MemoryTable":
         """A table that fits this layer, to be shared."""
-        return MemoryTable(*self.table_shape(d_model), rngs=rngs)
+        return MemoryTable(*self.table_shape(d_model), rngs=rngs, dtype=self.table_dtype)
 
 
 def pkm(n_slots: int = 512**2) -> MemoryConfig:
@@ -137,31 +139,7 @@ def ultramem(n_slots: int = 360**2, value_dim: int = 192) -> MemoryConfig:
     return MemoryConfig(keys, score="linear", value_dim=value_dim, output="linear")
 
 
-_TABLE = ("slots", "embed")
-_X = ("batch", "time", "embed")
 _SCORES = ("batch", "time", "heads", None, None)
-CHOICES = ("batch", "time", "heads", None)
-
-
-class MemoryTable(nnx.Module):
-    """The rows of a memory: one value per slot, and for experts one input vector.
-
-    >>> MemoryTable(16, 8, rngs=nnx.Rngs(0)).values.shape
-    (16, 8)
-    """
-
-    def __init__(self, n_slots: int, width: int, d_input: int | None = None, *, rngs: nnx.Rngs):
-        """Entries of values have variance 1 / V, as in XLM, and those of inputs 1 / D.
-
-        Args:
-          n_slots: rows M.
-          width: V, of a value.
-          d_input: D, of an expert's input vector; None: there are none.
-          rngs: `params` draws the table.
-        """
-        normal = lambda width: jax.nn.initializers.normal(width**-0.5)
-        self.values = param(rngs, normal(width), (n_slots, width), _TABLE)
-        self.inputs = None if d_input is None else param(rngs, normal(d_input), (n_slots, d_input), _TABLE)
 
 
 class Memory(nnx.Module):
@@ -187,23 +165,30 @@ class Memory(nnx.Module):
         normal = jax.nn.initializers.normal(d_model**-0.5)
         self.token_gate = param(rngs, normal, (d_model,), ("embed",)) if config.gated else None
         self.table = None if config.shared_table else config.make_table(d_model, rngs=rngs)
+        self.reads = nnx.data(None)
+        """Where a training step finds what this layer passes back to its table (`jaxmem.layers.table_reads`)."""
 
-    def __call__(self, x: Float[Array, "B T D"], table: MemoryTable | None = None) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], table: MemoryTable | None = None, layer: Int[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
         """What the tokens read.
 
         Args:
           x: tokens, each for itself.
           table: with `shared_table` the slots to read, else None.
+          layer: which of a layer's own tables it reads, if these are a stack [L M V]; None: it has one.
 
         Raises: ValueError for a table that is missing, not asked for, or of other shapes.
         """
-        table = self._table(table)
-        y = self._read(x, table).astype(x.dtype)
+        table = table_to_read("memory", self, table)
+        ids, weights = self.choose(x)
+        layer = None if self.config.shared_table else layer
+        y = table.read(x, ids, weights, self.config.expert, self.reads, layer).astype(x.dtype)
         if self.gate is not None:
             wide = ("batch", "time", "value")
             y = y * jax.nn.silu(einsum("btd,dv->btv", x, self.gate[...], wide) + self.gate_bias[...].astype(x.dtype))
         if self.out is not None:
-            y = einsum("btv,vd->btd", y, self.out[...], _X)
+            y = einsum("btv,vd->btd", y, self.out[...], X)
         if self.out_bias is not None:
             y = y + constrain(self.out_bias[...], "embed").astype(x.dtype)
         if self.token_gate is not None:
@@ -218,39 +203,6 @@ class Memory(nnx.Module):
     def _choose(self, scores: Float[Array, "B T H parts subkeys"]) -> tuple[Array, Array]:
         best = self.keys.choose(scores)
         return best.ids, weights_of(best.scores, self.config.score)
-
-    def _read(self, x: Float[Array, "B T D"], table: MemoryTable) -> Float[Array, "B T V"]:
-        """In fp32."""
-        arrays = [table.values] if table.inputs is None else [table.values, table.inputs]
-        arrays = [constrain(array[...], *_TABLE) for array in arrays]
-
-        def read(scores, x, *tables):
-            x, values, *inputs = spread_like((x, *tables), scores)  # so that their gradients are exchanged once
-            ids, weights = (a.reshape(*a.shape[:2], -1) for a in self._choose(scores))  # [B T Hk]
-            if inputs:
-                hidden = dots(inputs[0], ids, x.astype(jnp.float32))
-                weights = weights * ACTIVATIONS[self.config.expert](hidden)
-            return sum_over(bag(values, ids, weights), "heads")
-
-        placed = local(read, in_axes=(_SCORES, _X, *[_TABLE] * len(arrays)), out_axes=_X)
-        return placed(self.keys(x), x, *arrays)
-
-    def _table(self, table: MemoryTable | None) -> MemoryTable:
-        if (table is not None) != self.config.shared_table:
-            raise ValueError(
-                "memory: needs a table in the call if and only if shared_table=True, "
-                f"got {'none' if table is None else 'one'} with shared_table={self.config.shared_table}; "
-                "make one with config.make_table, or change shared_table"
-            )
-        if table is None:
-            return self.table
-        want = self.config.table_shape(self.d_model)
-        got = *table.values.shape, None if table.inputs is None else table.inputs.shape[1]
-        if got != want:
-            raise ValueError(
-                f"memory: needs a table with (n_slots, value_dim, d_input)={want}, got {got}; make it with config.make_table"
-            )
-        return table
 
 
 def weights_of(scores: Float[Array, "*batch k"], kind: Score) -> Float[Array, "*batch k"]:

@@ -9,9 +9,9 @@ z is one fp32 number per slot: a weight of 1 is lost on a sum beyond 2^24. Cost:
 import jax
 import jax.numpy as jnp
 
-from jaxmem.layers.memory import CHOICES
 from jaxmem.sharding import constrain, local, sum_over
 from jaxmem.sharding.folds import spread_like
+from jaxmem.sharding.tables import CHOICES
 from jaxmem.typing import Array, Bool, Float, Int
 
 
@@ -38,7 +38,7 @@ def slot_weights(
         z = jnp.zeros(n_slots, jnp.float32)
         return sum_over(spread_like(z, counted).at[ids].add(counted), "batch", "time", "heads")
 
-    return local(count, in_axes=(CHOICES, CHOICES, ("batch", "time")), out_axes=("slots",))(ids, weights, real)
+    return local(count, in_axes=(CHOICES, CHOICES, ("batch", "time")), out_axes=(None,))(ids, weights, real)
 
 
 def share_used(z: Float[Array, "*layers M"]) -> Float[Array, "*layers"]:

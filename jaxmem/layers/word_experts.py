@@ -25,10 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmem.layers.memory import ACTIVATIONS, Activation, MemoryTable
-from jaxmem.pallas_kernels.memory_lookup import bag, dots
-from jaxmem.sharding import constrain, local
-from jaxmem.sharding.folds import spread_like
+from jaxmem.layers.memory_table import Activation, MemoryTable, table_to_read
+from jaxmem.sharding import local
 from jaxmem.typing import Array, Float, Int
 
 
@@ -78,6 +76,13 @@ class WordExpertsConfig:
         """Slots, width of a value, width of an input vector."""
         return self.n_slots, d_model, d_model
 
+    choice_axes = ("batch", "time", None, None)
+
+    @property
+    def choices(self) -> tuple[int, int]:
+        """One head, and the rows that it reads per token."""
+        return 1, self.d_expert
+
     def numbers_read(self, d_model: int) -> int:
         """Numbers in the rows that a token reads."""
         return 2 * self.d_expert * d_model
@@ -124,11 +129,6 @@ def balanced_routing(counts: tuple[int, ...] | np.ndarray, n_experts: int) -> tu
     return tuple(routing.tolist())
 
 
-_TABLE = (None, "embed")  # whole on every device
-_TOKENS = ("batch", "time")
-_X = ("batch", "time", "embed")
-
-
 class WordExperts(nnx.Module):
     """The layer of the module docstring, in the dtype of x.
 
@@ -141,6 +141,7 @@ class WordExperts(nnx.Module):
         """Entries of both tables have variance 1 / D."""
         self.config, self.d_model = config, d_model
         self.table = None if config.shared_table else config.make_table(d_model, rngs=rngs)
+        self.reads = nnx.data(None)
 
     def experts(self, words: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
         """The expert of each id; -1, which reads nothing, for an id that the routing does not have."""
@@ -150,7 +151,11 @@ class WordExperts(nnx.Module):
         return jnp.where(words < 0, -1, routing.at[words].get(mode="fill", fill_value=-1))
 
     def __call__(
-        self, x: Float[Array, "B T D"], words: Int[Array, "B T"], table: MemoryTable | None = None
+        self,
+        x: Float[Array, "B T D"],
+        words: Int[Array, "B T"],
+        table: MemoryTable | None = None,
+        layer: Int[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the tokens' experts make of them.
 
@@ -158,38 +163,17 @@ class WordExperts(nnx.Module):
           x: tokens.
           words: their ids in the routing vocabulary.
           table: with `shared_table` the experts, else None.
+          layer: as of `Memory`.
 
         Raises: ValueError for a table that is missing, not asked for, or of other shapes; outside jit for an id that the
           routing does not have.
         """
-        table = self._table(table)
-        arrays = [constrain(array[...], *_TABLE) for array in (table.values, table.inputs)]
+        table = table_to_read("word experts", self, table)
+        axes = self.config.choice_axes
+        ids = local(self._slots, in_axes=(axes[:2],), out_axes=axes)(words)
+        layer = None if self.config.shared_table else layer
+        return table.read(x, ids, None, self.config.expert, self.reads, layer, axes).astype(x.dtype)
 
-        def read(words, x, values, inputs):
-            values, inputs = spread_like((values, inputs), x)  # so that their gradients are exchanged once
-            width = self.config.d_expert
-            experts = self.experts(words)[..., None]
-            ids = jnp.where(experts < 0, -1, experts * width + jnp.arange(width, dtype=experts.dtype))
-            hidden = ACTIVATIONS[self.config.expert](dots(inputs, ids, x.astype(jnp.float32)))
-            return bag(values, ids, hidden)
-
-        placed = local(read, in_axes=(_TOKENS, _X, _TABLE, _TABLE), out_axes=_X)
-        return placed(words, x, *arrays).astype(x.dtype)
-
-    def _table(self, table: MemoryTable | None) -> MemoryTable:
-        if (table is not None) != self.config.shared_table:
-            raise ValueError(
-                "word experts: needs a table in the call if and only if shared_table=True, "
-                f"got {'none' if table is None else 'one'} with shared_table={self.config.shared_table}; "
-                "make one with config.make_table, or change shared_table"
-            )
-        if table is None:
-            return self.table
-        want = self.config.table_shape(self.d_model)
-        got = *table.values.shape, None if table.inputs is None else table.inputs.shape[1]
-        if got != want:
-            raise ValueError(
-                f"word experts: needs a table with (n_slots, value_dim, d_input)={want}, got {got}; "
-                "make it with config.make_table"
-            )
-        return table
+    def _slots(self, words: Int[Array, "B T"]) -> Int[Array, "B T 1 F"]:
+        width, experts = self.config.d_expert, self.experts(words)[..., None, None]
+        return jnp.where(experts < 0, -1, experts * width + jnp.arange(width, dtype=experts.dtype))

@@ -7,6 +7,7 @@ stacked and scanned: a program's size grows with the pattern, not with the depth
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,7 +16,8 @@ from flax import nnx
 
 from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
-from jaxmem.layers.memory import MemoryConfig, MemoryTable
+from jaxmem.layers.memory import MemoryConfig
+from jaxmem.layers.memory_table import MemoryTable
 from jaxmem.layers.mixer import Mixer, MixerConfig, advance, init_cursor
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
@@ -73,10 +75,10 @@ class DecoderConfig:
                 "DecoderConfig: needs memories that are a MemoryConfig, a WordExpertsConfig or None, "
                 f"got memories={self.memories!r}; write e.g. (None, memory_plus())"
             )
-        sizes = {memory.table_shape(self.d_model) for memory in self.shared_memories}
+        sizes = {(*m.table_shape(self.d_model), m.choices[0], type(m).__name__) for m in self.shared_memories}
         if len(sizes) > 1:
             raise ValueError(
-                "DecoderConfig: needs memories with a shared table to have the same slots, value_dim and kind, "
+                "DecoderConfig: needs memories with a shared table to have the same slots, value_dim, heads and kind, "
                 f"got {sorted(sizes, key=str)}; make them alike or give them tables of their own"
             )
         for memory in self.memories:
@@ -119,7 +121,7 @@ class Block(nnx.Module):
         self.ffn = None if alone else swiglu(rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: PyTree, tokens, segment_ids, positions, table: MemoryTable | None
+        self, x: Float[Array, "B T D"], state: PyTree, tokens, segment_ids, positions, table: MemoryTable | None, layer
     ) -> tuple[Array, PyTree]:
         mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
         x = x + mixed
@@ -128,7 +130,7 @@ class Block(nnx.Module):
             x = x + self.ffn(h)
         if self.memory is not None:
             words = (tokens,) if isinstance(self.memory, WordExperts) else ()
-            x = x + self.memory(h, *words, table if self.memory.config.shared_table else None)
+            x = x + self.memory(h, *words, table if self.memory.config.shared_table else None, layer)
         return x, state
 
 
@@ -181,14 +183,18 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens, jnp.dtype(self.config.dtype))
         states = (None,) * len(self.blocks) if state is None else state
 
-        def repeat(x: Array, blocks_and_states: PyTree) -> tuple[Array, PyTree]:
+        with_tables, blocks = _without_tables(tuple(self.blocks))
+
+        def repeat(x: Array, of_layer: PyTree) -> tuple[Array, PyTree]:
+            layer, blocks, states = of_layer
             after = []
-            for block, before in zip(*blocks_and_states, strict=True):
-                x, new = block(x, before, tokens, segment_ids, positions, self.table)
+            for block, before in zip(with_tables(blocks), states, strict=True):
+                x, new = block(x, before, tokens, segment_ids, positions, self.table, layer)
                 after.append(new)
             return x, tuple(after)
 
-        x, states = jax.lax.scan(_remat(repeat, self.config.remat), x, (tuple(self.blocks), states))
+        layers = jnp.arange(self.config.repeats)
+        x, states = jax.lax.scan(_remat(repeat, self.config.remat), x, (layers, blocks, states))
         return self.norm(restore(x, layout, "batch", "time", "embed")), states
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vocab"]:
@@ -200,6 +206,20 @@ class Decoder(nnx.Module):
 def stack_layers(n: int, rngs: nnx.Rngs, make) -> nnx.Module:
     """n modules of one kind as one module whose parameters have a leading dimension n; for `jax.lax.scan`."""
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), n))
+
+
+def _without_tables(blocks: PyTree) -> tuple[Callable[[list], PyTree], list]:
+    """Stacked blocks as their parameters without memory tables, and the function that makes blocks of one layer's again,
+    with the tables of all layers: a scan would copy each layer's."""
+    leaves, structure = jax.tree.flatten(blocks, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    is_table = ["slots" in getattr(leaf, "axes", ()) for leaf in leaves]
+
+    def with_tables(of_layer: list) -> PyTree:
+        rest = iter(of_layer)
+        leaves_and_kinds = zip(leaves, is_table, strict=True)
+        return jax.tree.unflatten(structure, [leaf if table else next(rest) for leaf, table in leaves_and_kinds])
+
+    return with_tables, [leaf for leaf, table in zip(leaves, is_table, strict=True) if not table]
 
 
 def _block(mixer: MixerConfig, memory: MemoryLike, config: DecoderConfig):

@@ -58,7 +58,25 @@ def exchanges_beside_kernels(program: str) -> list[Exchange]:
     return found
 
 
+def exchanged_bytes(program: str) -> dict[str, list[int]]:
+    """Bytes that each exchange of a program leaves on a device, by its kind; in a loop they count once.
+
+    >>> exchanged_bytes("  %a = f32[4,2]{1,0} all-gather(%b), dimensions={0}")
+    {'all-gather': [32]}
+    """
+    found: dict[str, list[int]] = {}
+    for line in program.splitlines():
+        match = _INSTRUCTION.match(line)
+        operation = match[3].removesuffix("-done") if match else ""
+        if operation in ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute"):
+            found.setdefault(operation, []).append(sum(_array_bytes(*array) for array in _ARRAY.findall(match[2])))
+    return found
+
+
 def _n_bytes(result: str) -> int:
     """Of the first array of an instruction's result."""
-    bits, shape = _ARRAY.search(result).groups()
+    return _array_bytes(*_ARRAY.search(result).groups())
+
+
+def _array_bytes(bits: str, shape: str) -> int:
     return math.prod(int(size) for size in shape.split(",") if size) * max(int(bits or 8) // 8, 1)

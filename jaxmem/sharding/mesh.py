@@ -30,6 +30,10 @@ class MeshConfig:
     """Which tokens a device of `seq` holds (`jaxmem.sharding.layouts`); a balanced one is for attention only."""
     parameters: tuple[str, ...] = ("fsdp",)
     """Axes over which stored parameters are split by width; with "seq" too, many devices can share a batch of one row."""
+    table_rows: tuple[str, ...] = ()
+    """Axes over which memory tables are split by slots (`jaxmem.sharding.tables`)."""
+    table_columns: tuple[str, ...] | None = None
+    """Axes over which memory tables are split by width; None: those of `parameters`."""
 
     def __post_init__(self):
         sizes = self.sizes
@@ -42,6 +46,12 @@ class MeshConfig:
             raise ValueError(
                 f"mesh: needs parameters to be split over some of data, fsdp and seq, got parameters={self.parameters}; "
                 "change it"
+            )
+        tables = (*self.table_rows, *(self.parameters if self.table_columns is None else self.table_columns))
+        if not set(tables) <= set(MESH_AXES) or len(set(tables)) < len(tables):
+            raise ValueError(
+                f"mesh: needs tables split over axes of {', '.join(MESH_AXES)}, each by rows or by columns, "
+                f"got table_rows={self.table_rows}, table_columns={tables[len(self.table_rows) :]}; change one of them"
             )
 
     @property

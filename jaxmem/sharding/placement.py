@@ -13,14 +13,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmem.sharding.rules import Axes, current_mesh, current_rules
-from jaxmem.typing import Array, Initializer, PyTree
+from jaxmem.typing import Array, DTypeLike, Initializer, PyTree
 
 
-def param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
-    """A parameter in fp32 of the given shape whose dimensions are named `axes`, sharded from its birth under a mesh."""
+def param(
+    rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike = jnp.float32
+) -> nnx.Param:
+    """A parameter of the given shape whose dimensions are named `axes`, sharded from its birth under a mesh."""
     if len(shape) != len(axes):
         raise ValueError(f"param: needs one logical axis per dimension, got shape={shape} and axes={tuple(axes)}")
-    value = init(rngs.params(), shape, jnp.float32)
+    value = init(rngs.params(), shape, jnp.dtype(dtype))
     mesh = current_mesh()
     if mesh is not None:
         value = jax.reshard(value, current_rules().spec(axes, "parameters", shape, mesh))

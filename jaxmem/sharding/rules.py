@@ -22,8 +22,10 @@ MeshAxes = tuple[str, ...]
 
 _EVERYWHERE: Mapping[str, MeshAxes] = {
     **dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("model",)),
-    **dict.fromkeys(("memory", "key", "value", "tap", "rank", "slots", "sub_keys"), ()),
+    **dict.fromkeys(("memory", "key", "value", "tap", "rank", "sub_keys"), ()),
 }
+_TABLES: Mapping[str, MeshAxes] = {"slots": (), "slot_width": ("fsdp",)}
+"""Rows and columns of memory tables, which are read where they are stored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +39,11 @@ class Rules:
     (('data', 'fsdp'), 'seq', None)
     """
 
-    parameters: Mapping[str, MeshAxes] = dataclasses.field(default_factory=lambda: {**_EVERYWHERE, "embed": ("fsdp",)})
+    parameters: Mapping[str, MeshAxes] = dataclasses.field(
+        default_factory=lambda: {**_EVERYWHERE, **_TABLES, "embed": ("fsdp",)}
+    )
     activations: Mapping[str, MeshAxes] = dataclasses.field(
-        default_factory=lambda: {**_EVERYWHERE, "embed": (), "batch": ("data", "fsdp"), "time": ("seq",)}
+        default_factory=lambda: {**_EVERYWHERE, **_TABLES, "embed": (), "batch": ("data", "fsdp"), "time": ("seq",)}
     )
     layout: Layout = "contiguous"
     """Which tokens a device holds where time is split (`jaxmem.sharding.layouts`); a balanced one is for attention only."""
@@ -88,7 +92,14 @@ class Rules:
 
 def rules_of(config: MeshConfig) -> Rules:
     """The rules that a mesh's config asks for."""
-    return Rules(parameters={**_EVERYWHERE, "embed": config.parameters}, layout=config.layout)
+    columns = config.parameters if config.table_columns is None else config.table_columns
+    tables = {"slots": config.table_rows, "slot_width": columns}
+    rules = Rules()
+    return Rules(
+        parameters={**rules.parameters, **tables, "embed": config.parameters},
+        activations={**rules.activations, **tables},
+        layout=config.layout,
+    )
 
 
 _DEFAULT = Rules()

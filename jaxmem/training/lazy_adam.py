@@ -6,11 +6,15 @@
 t counts all steps. Rows that were not read keep their moments and values, unlike Adam's, whose moments fade at every step and
 still move them. If all are read in every step the two are the same.
 
-Cost per step: a few times the rows that were read, whatever the table's size, if state and table are donated.
+Cost per step: a few times the rows that were read, whatever the table's size, if state and table are donated. On a mesh each
+device updates its own part of the rows (which `jaxmem.sharding.tables.gradient_of_rows` finds), and nothing is exchanged but
+the norm that `clip_norm` needs.
 Reference: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1; Loshchilov and Hutter 2019, arXiv 1711.05101 (decay); lazy as
 TensorFlow's LazyAdam and, for t, as torch.optim.SparseAdam.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,15 +22,19 @@ import jax.numpy as jnp
 import optax
 
 from jaxmem.pallas_kernels.memory_lookup import RowGradient
+from jaxmem.sharding import constrain, local
+from jaxmem.sharding.tables import TABLE
 from jaxmem.typing import Array, Float, Int, PyTree
 
 
 class LazyAdamState(NamedTuple):
-    """Moments of the tables, in fp32."""
+    """Moments of the tables, in fp32, and which rows a checkpoint has to write."""
 
     count: Int[Array, ""]
     mu: PyTree
     nu: PyTree
+    touched: PyTree
+    """Per table, bool [M]: rows that were updated since somebody set them to False; all at the beginning."""
 
 
 def lazy_adam(
@@ -51,11 +59,31 @@ def lazy_adam(
     >>> [round(x, 4) for x in apply_rows(table, updates)[:, 0].tolist()]
     [0.0, 0.0, 0.0, -0.1, 0.0]
     """
+    return _adam_of_rows(learning_rate, b1, b2, lambda count: eps, weight_decay, clip_norm)
+
+
+def sparse_adam(
+    learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """The same as torch.optim.SparseAdam does it: eps is added before the bias of v is corrected, as eps / sqrt(1 - b2^t)."""
+    return _adam_of_rows(learning_rate, b1, b2, lambda count: eps / jnp.sqrt(1 - b2**count), 0.0, None)
+
+
+def _adam_of_rows(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float,
+    b2: float,
+    eps: Callable[[Array], Array | float],
+    weight_decay: float,
+    clip_norm: float | None,
+) -> optax.GradientTransformation:
     is_rows = lambda node: isinstance(node, RowGradient)
 
     def init(tables: PyTree) -> LazyAdamState:
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tables)
-        return LazyAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+        of_rows = lambda x: constrain(jnp.ones(x.shape[:-1], bool), *[None] * (x.ndim - 2), "slots")
+        every = jax.tree.map(of_rows, tables)
+        return LazyAdamState(jnp.zeros((), jnp.int32), zeros(), zeros(), every)
 
     def update(gradients: PyTree, state: LazyAdamState, tables: PyTree | None = None):
         if tables is None and weight_decay:
@@ -67,30 +95,61 @@ def lazy_adam(
             norm = optax.tree.norm([leaf.sums for leaf in leaves])
             factor = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
             leaves = [leaf._replace(sums=leaf.sums * factor) for leaf in leaves]
-        tables = leaves if tables is None else structure.flatten_up_to(tables)
-        mus, nus, updates = structure.flatten_up_to(state.mu), structure.flatten_up_to(state.nu), []
-        for i, (gradient, table) in enumerate(zip(leaves, tables, strict=True)):
+
+        def of_table(numbers, gradient: RowGradient, mu, nu, touched, table):
+            count, rate = numbers
             rows, g = gradient.rows, gradient.sums
-            at = lambda x, rows=rows: x.at[rows].get(mode="fill", fill_value=0)
-            mu, nu = b1 * at(mus[i]) + (1 - b1) * g, b2 * at(nus[i]) + (1 - b2) * g**2
-            step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+            m, v = b1 * _get(mu, rows) + (1 - b1) * g, b2 * _get(nu, rows) + (1 - b2) * g**2
+            step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps(count))
             if weight_decay:
-                step += weight_decay * at(table).astype(jnp.float32)
-            put = lambda x, new, rows=rows: x.at[rows].set(new, mode="drop", indices_are_sorted=True)
-            mus[i], nus[i] = put(mus[i], mu), put(nus[i], nu)
-            updates.append(gradient._replace(sums=-rate * step))
-        rebuilt = (jax.tree.unflatten(structure, part) for part in (mus, nus))
-        return jax.tree.unflatten(structure, updates), LazyAdamState(count, *rebuilt)
+                step += weight_decay * _get(table, rows).astype(jnp.float32)
+            touched = touched.at[rows].set(True, mode="drop", indices_are_sorted=True)
+            return gradient._replace(sums=-rate * step), _set(mu, rows, m), _set(nu, rows, v), touched
+
+        tables = state.mu if tables is None else tables
+        trees = zip(*map(structure.flatten_up_to, (state.mu, state.nu, state.touched, tables)), strict=True)
+        out = lambda rows, table: (rows, table, table, table[:-1])
+        run = functools.partial(_on_own_rows(of_table, out), (count, jnp.float32(rate)))
+        new = [run(leaf, *arrays) for leaf, arrays in zip(leaves, trees, strict=True)]
+        updates, *after = (jax.tree.unflatten(structure, part) for part in zip(*new, strict=True))
+        return updates, LazyAdamState(count, *after)
 
     return optax.GradientTransformation(init, update)
 
 
 def apply_rows(tables: PyTree, updates: PyTree) -> PyTree:
     """Tables with the updates of some of their rows, each in the table's dtype."""
-    add = lambda rows, table: _add(table, rows)
-    return jax.tree.map(add, updates, tables, is_leaf=lambda node: isinstance(node, RowGradient))
+
+    def add(_, update: RowGradient, table: Array) -> Array:
+        return _set(table, update.rows, _get(table, update.rows).astype(jnp.float32) + update.sums)
+
+    is_rows = lambda node: isinstance(node, RowGradient)
+    run = functools.partial(_on_own_rows(add, lambda rows, table: table), ())
+    return jax.tree.map(run, updates, tables, is_leaf=is_rows)
 
 
-def _add(table: Float[Array, "M V"], update: RowGradient) -> Float[Array, "M V"]:
-    new = table.at[update.rows].get(mode="fill", fill_value=0).astype(jnp.float32) + update.sums
-    return table.at[update.rows].set(new.astype(table.dtype), mode="drop", indices_are_sorted=True)
+def _on_own_rows(function: Callable[..., PyTree], out: Callable[[PyTree, PyTree], PyTree]) -> Callable[..., PyTree]:
+    """`function(numbers, rows, *tables)` on each device's own part of tables [M V], or stacked ones [L M V].
+
+    Args:
+      out: what it returns, made of the axes of rows and those of a table.
+    """
+
+    def placed(numbers: tuple[Array, ...], gradient: RowGradient, *tables: Array) -> PyTree:
+        stacked = gradient.rows.ndim == 2
+        axes = (None, *TABLE) if stacked else TABLE
+        of_rows = RowGradient(axes[:-1], axes, axes[:-1])
+        run = jax.vmap(function, in_axes=(None, *[0] * (1 + len(tables)))) if stacked else function
+        of_tables = (axes if table.ndim == len(axes) else axes[:-1] for table in tables)
+        in_axes = (((),) * len(numbers), of_rows, *of_tables)
+        return local(run, in_axes=in_axes, out_axes=out(of_rows, axes))(numbers, gradient, *tables)
+
+    return placed
+
+
+def _get(x: Float[Array, "M V"], rows: Int[Array, "n"]) -> Float[Array, "n V"]:
+    return x.at[rows].get(mode="fill", fill_value=0)
+
+
+def _set(x: Float[Array, "M V"], rows: Int[Array, "n"], new: Float[Array, "n V"]) -> Float[Array, "M V"]:
+    return x.at[rows].set(new.astype(x.dtype), mode="drop", indices_are_sorted=True)

@@ -40,6 +40,7 @@ from jaxmem.training.placement import (
 )
 from jaxmem.training.progress import Progress
 from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step, shifted
+from jaxmem.training.tables import TABLES
 
 MAY_CHANGE = ("steps", "checkpoint", "mesh", "eval_every_steps", "eval_bytes", "sample_prompt", "sample_tokens")
 """Fields of a TrainConfig that a resumed run may change."""
@@ -330,8 +331,9 @@ def describe_not_finite(step: int, told: StepMetrics) -> str:
             break
     else:
         where = "the loss alone, all parameters, gradients and updates are finite"
+    too_many = "(or raise optimizer.tables.max_rows, if the step read more) " if TABLES in where else ""
     return (
         f"step {step}: needs a finite loss, gradients and updates, got loss={told.nats / max(told.n_targets, 1)}, "
         f"grad_norm={told.grad_norm}; not finite: {where}; the step was not made and the checkpoints before it are kept; "
-        "lower optimizer.learning_rate or optimizer.clip_norm and start from the last one"
+        f"lower optimizer.learning_rate or optimizer.clip_norm {too_many}and start from the last one"
     )

@@ -33,6 +33,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from jaxmem.sharding import current_mesh
+from jaxmem.training.lazy_adam import lazy_adam
 from jaxmem.typing import Array, Float, Int, PyTree
 
 COPIES = ("memory", "tap")
@@ -45,6 +46,46 @@ MUON_RMS = 0.2
 """Root mean square of the entries of Muon's direction, about that of Adam's."""
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableOptimizerConfig:
+    """How memory tables are updated; the schedule's form is that of the other parameters.
+
+    Raises: ValueError for a value outside the range that its line states.
+    """
+
+    update: Literal["lazy", "dense"] = "lazy"
+    """Adam of the rows that a step read, others stay as they are; or AdamW of whole tables, with dense gradients."""
+    learning_rate: float = 1e-3
+    """The highest; > 0."""
+    weight_decay: float = 0.0
+    """Of rows that are read (lazy) or of all (dense), per step and per unit of the learning rate; >= 0."""
+    clip_norm: float | None = 1.0
+    """Largest L2 norm of all tables' gradients together; > 0. None: they are not clipped."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    max_rows: int | None = None
+    """Most rows of a table that a step may read on each device that holds a part of it; a step that reads more is not made.
+    Bounds memory: None takes the number of reads, each of which may be another row's."""
+
+    def __post_init__(self):
+        for name, condition, holds in (
+            ("update", "lazy or dense", self.update in ("lazy", "dense")),
+            ("learning_rate", "> 0", self.learning_rate > 0),
+            ("weight_decay", ">= 0", self.weight_decay >= 0),
+            ("clip_norm", "> 0 or None", self.clip_norm is None or self.clip_norm > 0),
+            ("b1", "in [0, 1)", 0 <= self.b1 < 1),
+            ("b2", "in [0, 1)", 0 <= self.b2 < 1),
+            ("eps", "> 0", self.eps > 0),
+            ("max_rows", ">= 1 or None", self.max_rows is None or self.max_rows >= 1),
+        ):
+            if not holds:
+                raise ValueError(
+                    f"optimizer: needs tables.{name} {condition}, got {name}={getattr(self, name)}; "
+                    "change TableOptimizerConfig"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +119,8 @@ class OptimizerConfig:
     """Muon's decay of the mean of gradients (Nesterov); in [0, 1)."""
     clip_norm: float | None = 1.0
     """Largest L2 norm of all gradients together; > 0. None: gradients are not clipped."""
+    tables: TableOptimizerConfig = TableOptimizerConfig()
+    """Of memory tables, if there are any: a group apart, of which nothing above holds but the form of the schedule."""
 
     def __post_init__(self):
         for name, condition, holds in (
@@ -168,6 +211,16 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
         optax.add_decayed_weights(config.weight_decay, mask=lambda tree: _like(tree, is_matrix)),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
+
+
+def make_table_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """The transformation for memory tables: of gradients that are a `RowGradient` per table (lazy), or arrays (dense)."""
+    c = config.tables
+    rate = make_schedule(dataclasses.replace(config, learning_rate=c.learning_rate), total_steps)
+    if c.update == "lazy":
+        return lazy_adam(rate, c.b1, c.b2, c.eps, c.weight_decay, c.clip_norm)
+    clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
+    return optax.chain(clip, optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay))
 
 
 def matrix_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:

@@ -2,7 +2,8 @@
 
 A batch has A parts of [B, T] tokens, whose gradients are added up. The target at t is the token at t+1 of the same segment;
 the loss is the mean over targets of the whole batch, however it is split into parts or devices, plus the load-balancing loss
-of the routers (mean over parts). No array of a step is as long as the sequence where devices share that.
+of the routers (mean over parts). No array of a step is as long as the sequence where devices share that, and none is as large
+as a memory table but tables and their moments, if these are updated by rows.
 
 If the loss, a gradient or an update is not finite, the state comes back as it was and `metrics.finite` is False.
 """
@@ -22,6 +23,7 @@ from jaxmem.sharding import constrain
 from jaxmem.training.data import Batch
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.optimizer import group_norms, make_optimizer, make_schedule
+from jaxmem.training.tables import TABLES, TableTraining, gradients_norm
 from jaxmem.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -68,14 +70,14 @@ class StepMetrics(NamedTuple):
     load_balance: Float[Array, ""]
     """Load-balancing loss, unweighted; top_k when even."""
     grad_norm: Float[Array, ""]
-    """Before clipping."""
+    """Before clipping; memory tables are apart."""
     learning_rate: Float[Array, ""]
     finite: Bool[Array, ""]
     """Loss, gradients and updates are finite, so the step was made."""
     grad_norms: dict[str, Float[Array, ""]]
-    """By parameter group."""
+    """By parameter group; memory tables are one."""
     param_norms: dict[str, Float[Array, ""]]
-    """By parameter group, before the step."""
+    """By parameter group, before the step; without memory tables, which no step reads whole."""
     update_norms: dict[str, Float[Array, ""]]
     """By parameter group, of what is added to the parameters."""
 
@@ -83,9 +85,10 @@ class StepMetrics(NamedTuple):
 def init_state(config: TrainConfig) -> TrainState:
     """The state before the first step; jit it, so that every parameter is born where it lives."""
     model = config.model.make(rngs=nnx.Rngs(params=config.seed))
-    params = nnx.state(model, nnx.Param)
-    optimizer = make_optimizer(config.optimizer, config.steps, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    params, memory = nnx.state(model, nnx.Param), TableTraining(config)
+    others, tables = memory.split(params)
+    opt_state = make_optimizer(config.optimizer, config.steps, others).init(others)
+    return TrainState(jnp.zeros((), jnp.int32), params, (opt_state, memory.init(tables)) if tables else opt_state)
 
 
 def merge(config: DecoderConfig, params: nnx.State) -> Decoder:
@@ -96,10 +99,10 @@ def merge(config: DecoderConfig, params: nnx.State) -> Decoder:
 
 def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tuple[TrainState, StepMetrics]]:
     """The step of a run, to be jitted with its first argument donated."""
-    schedule = make_schedule(config.optimizer, config.steps)
+    schedule, memory = make_schedule(config.optimizer, config.steps), TableTraining(config)
 
-    def loss_of_part(params, part: Shifted, n_targets):
-        model = merge(config.model, params)
+    def loss_of_part(params, reads, tables, part: Shifted, n_targets):
+        model = memory.attach(merge(config.model, nnx.merge_state(params, tables)), reads)
         hidden, state = model(part.tokens, segment_ids=part.segment_ids)
         sums = chunked_cross_entropy(
             hidden,
@@ -115,24 +118,35 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
 
     def step(state: TrainState, batch: Shifted) -> tuple[TrainState, StepMetrics]:
         n_targets = jnp.maximum(jnp.sum(batch.counts, dtype=jnp.float32), 1.0)
+        params, tables = memory.split(state.params)
+        opt_state, of_tables = state.opt_state if tables else (state.opt_state, None)
+        differentiated = jax.value_and_grad(loss_of_part, argnums=(0, 1), has_aux=True)
 
         def add_part(sums, part):
             part = jax.tree.map(lambda x: constrain(x, "batch", "time"), part)
-            (loss, told), grads = jax.value_and_grad(loss_of_part, has_aux=True)(state.params, part, n_targets)
-            return jax.tree.map(jnp.add, sums, (loss, told, grads)), None
+            reads = memory.no_reads(*part.tokens.shape)
+            (loss, told), (grads, reads) = differentiated(params, reads, tables, part, n_targets)
+            return jax.tree.map(jnp.add, sums, (loss, told, grads)), reads
 
-        zeros = (jnp.zeros(()), (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
+        zeros = (jnp.zeros(()), (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
         if config.accumulate == 1:
-            (loss, (nats, balance), grads), _ = add_part(zeros, jax.tree.map(lambda x: x[0], batch))
+            (loss, (nats, balance), grads), reads = add_part(zeros, jax.tree.map(lambda x: x[0], batch))
+            reads = jax.tree.map(lambda x: x[None], reads)
         else:
-            (loss, (nats, balance), grads), _ = jax.lax.scan(add_part, zeros, batch)
+            (loss, (nats, balance), grads), reads = jax.lax.scan(add_part, zeros, batch)
 
         grad_norm = optax.tree.norm(grads)
-        optimizer = make_optimizer(config.optimizer, config.steps, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        updates, new_opt_state = make_optimizer(config.optimizer, config.steps, params).update(grads, opt_state, params)
+        of_rows = memory.gradients(tables, reads)
+        finite = jnp.all(jnp.isfinite(jnp.stack([loss, grad_norm, optax.tree.norm(updates), gradients_norm(of_rows)])))
+        made = TrainState(state.step + 1, optax.apply_updates(params, updates), new_opt_state)
+        kept = TrainState(state.step, params, opt_state)
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), made, kept)
+        norms = [group_norms(tree, depth=3) for tree in (grads, params, updates)]
+        if tables:
+            tables, of_tables, update_norm = memory.update(of_rows, of_tables, tables, finite)
+            new = TrainState(new.step, nnx.merge_state(new.params, tables), (new.opt_state, of_tables))
+            norms[0][TABLES], norms[2][TABLES] = gradients_norm(of_rows), update_norm
         told = StepMetrics(
             nats=nats,
             n_targets=n_targets,
@@ -140,9 +154,9 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
             grad_norm=grad_norm,
             learning_rate=schedule(state.step),
             finite=finite,
-            grad_norms=group_norms(grads, depth=3),
-            param_norms=group_norms(state.params, depth=3),
-            update_norms=group_norms(updates, depth=3),
+            grad_norms=norms[0],
+            param_norms=norms[1],
+            update_norms=norms[2],
         )
         return new, told
 

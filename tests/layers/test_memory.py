@@ -12,7 +12,8 @@ from flax import nnx
 from recordings import recordings
 
 from jaxmem.config import from_json, to_json
-from jaxmem.layers.memory import MemoryConfig, MemoryTable, memory_plus, peer, pkm, ultramem
+from jaxmem.layers.memory import MemoryConfig, memory_plus, peer, pkm, ultramem
+from jaxmem.layers.memory_table import MemoryTable
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.layers.tucker_keys import TuckerKeysConfig
 from jaxmem.sharding import MeshConfig, constrain, make_mesh, param_spec, use_mesh

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmem.layers.memory import MemoryTable
+from jaxmem.layers.memory_table import MemoryTable
 from jaxmem.layers.word_experts import WordExpertsConfig, balanced_routing, mowe
 from jaxmem.sharding import MeshConfig, constrain, make_mesh, use_mesh
 

@@ -241,7 +241,7 @@ def test_errors():
         config("pkm", None)
     smaller = dataclasses.replace(SHARED, value_dim=8)
     with pytest.raises(
-        ValueError, match="needs memories with a shared table to have the same slots, value_dim and kind"
+        ValueError, match="needs memories with a shared table to have the same slots, value_dim, heads and kind"
     ):
         config(SHARED, smaller)
     with pytest.raises(

@@ -1,5 +1,7 @@
 """Lazy Adam: optax's where all rows are read, other rows left alone, and a cost that does not know the table's size."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from jaxmem.pallas_kernels.memory_lookup import RowGradient, bag, row_gradient
-from jaxmem.training.lazy_adam import apply_rows, lazy_adam
+from jaxmem.training.lazy_adam import apply_rows, lazy_adam, sparse_adam
 
 M, V = 7, 3
 
@@ -102,3 +104,17 @@ def test_errors():
     gradient = RowGradient(jnp.array([0]), jnp.ones((1, V)), jnp.array([1]))
     with pytest.raises(ValueError, match="lazy_adam: needs the tables for weight_decay, got none"):
         lazy.update(gradient, lazy.init(jnp.zeros((M, V))))
+
+
+def test_sparse_adam_is_torchs():
+    """tests/golden/make_sparse_adam.py."""
+    recorded = np.load(Path(__file__).parents[1] / "golden" / "sparse_adam.npz")
+    optimizer = sparse_adam(0.05, 0.8, 0.97, 1e-2)
+    step = jax.jit(lambda table, state, g: optimizer.update(g, state, table))
+    table = jnp.asarray(recorded["table"])
+    state = optimizer.init(table)
+    for rows, sums, want in zip(recorded["rows"], recorded["sums"], recorded["tables"], strict=True):
+        gradient = RowGradient(jnp.asarray(rows), jnp.asarray(sums), jnp.ones(rows.shape, jnp.int32))
+        updates, state = step(table, state, gradient)
+        table = apply_rows(table, updates)
+        np.testing.assert_allclose(table, want, rtol=1e-6, atol=1e-7)
