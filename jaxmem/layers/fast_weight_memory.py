@@ -37,7 +37,7 @@ from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.sharding import constrain, einsum, local, param
 from jaxmem.sharding.folds import from_last, sequence_axis, spread_like
 from jaxmem.sharding.placement import n_shards_of
-from jaxmem.typing import Array, DTypeLike, Float, Int
+from jaxmem.typing import Array, Bool, DTypeLike, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,15 +220,7 @@ class FastWeightMemory(nnx.Module):
         pairs = Pairs(before(last_query, new.query), before(last_gate, new.gate), new.target)
         pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), buffer, pairs)  # [B C+T ...]
 
-        # version w of the table stands between the w-th end of a chunk and the next
-        ends = real & (position % size == size - 1)
-        n_ends = jnp.cumsum(ends, axis=1)
-        version = n_ends - ends
-        n_versions = (n_tokens + size - 1) // size
-        end = jnp.sum(
-            n_ends[:, None] <= jnp.arange(n_versions)[:, None], axis=-1
-        ).T  # [N B], n_tokens where there is none
-        start = jnp.concatenate([jnp.zeros_like(end[:1]), end + 1])
+        version, start, end = _versions(position, real, size)
         width = min(size, n_tokens)
 
         def look(table, start):
@@ -236,9 +228,7 @@ class FastWeightMemory(nnx.Module):
 
         def step(table, end):
             at = jnp.minimum(end, n_tokens - 1)
-            first = (
-                jnp.take_along_axis(position, at[:, None], axis=1) < size
-            )  # [B 1]: of the document, so that it starts afresh
+            first = jnp.take_along_axis(position, at[:, None], axis=1) < size  # [B 1], of a document: starts afresh
             values, moved = (jnp.where(_like(first[:, 0], a), 0, a) for a in table)
             valid = ~first | (jnp.arange(size) > 0)
             key_step, written = write(_window(pairs, at + 1, size), valid, learned_keys + moved, values, rates)
@@ -258,7 +248,7 @@ class FastWeightMemory(nnx.Module):
         found = found.at[version, row, offset].get(mode="clip")
         found = jnp.where((real & (position >= size))[..., None], found, 0)
 
-        n_real = jnp.sum(real, axis=1)
+        n_real = jnp.sum(real, axis=1)  # rows of padding keep all as it was
         emptied = jnp.any(starts, axis=1) & (end_position < size)
         table = jax.tree.map(lambda a: jnp.where(_like(emptied, a), 0, a), table)
         kept = (jnp.arange(size) >= size - (end_position % size)[:, None]) | (n_real == 0)[:, None]
@@ -266,6 +256,22 @@ class FastWeightMemory(nnx.Module):
         last = lambda last, a: _window(jnp.concatenate([last, a], axis=1), n_real, 1)
         remembered = *table, buffer, last(last_query, new.query), last(last_gate, new.gate)
         return found, from_last(remembered, sequence_axis())
+
+
+def _versions(
+    position: Int[Array, "B T"], real: Bool[Array, "B T"], size: int
+) -> tuple[Int[Array, "B T"], Int[Array, "N+1 B"], Int[Array, "N B"]]:
+    """Version w of the table is that between the w-th end of a chunk in this call and the next.
+
+    Returns: the version that each token finds; the first token of each, of N + 1; and the last token of each but the last of
+    them, T where it goes on.
+    """
+    n_tokens = position.shape[1]
+    ends = real & (position % size == size - 1)
+    n_ends = jnp.cumsum(ends, axis=1)
+    versions = jnp.arange((n_tokens + size - 1) // size)
+    end = jnp.sum(n_ends[:, None] <= versions[:, None], axis=-1).T
+    return n_ends - ends, jnp.concatenate([jnp.zeros_like(end[:1]), end + 1]), end
 
 
 def _window(tree, start: Int[Array, "B"], size: int):
