@@ -260,10 +260,10 @@ class FastWeightMemory(nnx.Module):
 
 def _versions(
     position: Int[Array, "B T"], real: Bool[Array, "B T"], size: int
-) -> tuple[Int[Array, "B T"], Int[Array, "N+1 B"], Int[Array, "N B"]]:
+) -> tuple[Int[Array, "B T"], Int[Array, "versions B"], Int[Array, "N B"]]:
     """Version w of the table is that between the w-th end of a chunk in this call and the next.
 
-    Returns: the version that each token finds; the first token of each, of N + 1; and the last token of each but the last of
+    Returns: the version that each token finds; the first token of each of the N + 1; and the last token of each but the last of
     them, T where it goes on.
     """
     n_tokens = position.shape[1]
