@@ -263,8 +263,8 @@ def _versions(
 ) -> tuple[Int[Array, "B T"], Int[Array, "versions B"], Int[Array, "N B"]]:
     """Version w of the table is that between the w-th end of a chunk in this call and the next.
 
-    Returns: the version that each token finds; the first token of each of the N + 1; and the last token of each but the last of
-    them, T where it goes on.
+    Returns: the version that each token finds; the first token of each of the N + 1; the last token of each of the first N,
+    T where it goes on.
     """
     n_tokens = position.shape[1]
     ends = real & (position % size == size - 1)
