@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxmem.layers.attention import AttentionConfig
+from jaxmem.layers.fast_weight_memory import FastWeightMemoryConfig
 from jaxmem.layers.gated_delta_net import CombaConfig, DeltaNetConfig, GatedDeltaNetConfig, GatedDeltaProductConfig
 from jaxmem.layers.griffin import GriffinConfig
 from jaxmem.layers.hgrn import Hgrn2Config, HgrnConfig
@@ -79,7 +80,10 @@ MIXERS = {
     "kimi-lower-bound": (KimiDeltaAttentionConfig(**SIZES, lower_bound=-5.0), {}),
     "gdn2": (GatedDeltaNet2Config(**SIZES), LONGER),
     "rwkv7": (RWKV7, LONGER),
+    "fast-weights": (FastWeightMemoryConfig(n_slots=9, top_k=2, key_dim=4, value_dim=6, chunk_tokens=5), {}),
 }
+IN_ORDER = ["fast-weights"]
+"""No monoids: their sequences cannot be split over devices."""
 QUICK = ["attention", "convolution", "delta", "mixture"]
 DECAYING = ["delta", "mixture", "kimi", "mamba", "mamba2", "comba", "delta-product", "gdn2"]
 FAMILIES = ["attention", "convolution", "delta", "mixture"]
@@ -399,7 +403,7 @@ def meshes():
     """Every mixer on a mesh that splits the sequence; families, and what does not split over heads by itself, on
     one with several axes; families on all."""
     for name in MIXERS:
-        several, wanted = "fsdp seq model", {"seq"}
+        several, wanted = "fsdp seq model", {"data fsdp model" if name in IN_ORDER else "seq"}
         wanted |= {several} if name in (*QUICK, "window", "mamba", "mixture-mamba", "griffin", "rwkv7") else set()
         wanted |= {mesh for mesh in MESHES if "seq" not in mesh} if name in FAMILIES else set()
         for mesh in sorted(wanted):

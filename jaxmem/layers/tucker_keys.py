@@ -24,7 +24,7 @@ Cost per token and head: 2 r n K FLOPs of the sub-scores, 2 r^2 n + 4 r n of C, 
 
 Reference: Huang et al. 2024, Ultra-Sparse Memory Network, arXiv 2411.12364, section 3 (TDQKR). Not here, of that paper:
 values expanded by projections (IVE), the second core whose scores multiply one half of a value (multi-core scoring), the
-shuffled ids, the convolution before queries, one query for two heads.
+shuffled ids, the convolution before queries, one query for two heads. ultra-mem 0.1.2 scores keys from before their norm.
 """
 
 import dataclasses

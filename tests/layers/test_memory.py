@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from recordings import recordings
 
+from jaxmem.config import from_json, to_json
 from jaxmem.layers.memory import MemoryConfig, memory_plus, peer, pkm, ultramem
 from jaxmem.layers.memory_table import MemoryTable
 from jaxmem.layers.product_keys import ProductKeysConfig
@@ -176,6 +177,7 @@ PUBLISHED["ultramem"] = ultramem, 360**2 * 192
 def test_published_layers_build_and_run(name):
     make, numbers_in_table = PUBLISHED[name]
     config = make()
+    assert from_json(to_json(config)) == config
     layer, table = (nnx.eval_shape(lambda m=m: m(1024, rngs=nnx.Rngs(0))) for m in (config.make, config.make_table))
     in_table = 0 if layer.table is None else sum(a.size for a in jax.tree.leaves(layer.table))
     assert in_table == numbers_in_table
@@ -271,5 +273,34 @@ def test_layer_with_public_weights(name):
     assert_close(got, {"y": recorded["outputs"]["o"][0], "x": d_x, "p": mapping(gradients)})
 
 
+def public_ultramem(p):
+    """Its parts share a query, and its norm has no bias."""
+    keys = {
+        "query": np.repeat(p["to_queries.weight"].T[:, None, None], 2, axis=2),
+        "keys": p["keys"].transpose(0, 2, 1, 3)[None],
+        "core": p["core"],
+        "query_norm": {"scale": p["query_ln.weight"], "bias": np.zeros(6, np.float32)},
+    }
+    return {"keys": keys, "table": {"values": p["memories"][0]}, "out": p["combine_values_to_out.weight"].T}
+
+
+def test_ultramem_with_public_weights():
+    keys = TuckerKeysConfig(n_slots=25, n_heads=1, top_k=5, key_dim=12, key_norm="none", query_bias=False)
+    config, recorded = (
+        MemoryConfig(keys, score="relu", value_dim=8, output="linear"),
+        recordings("memory_layers")["ultramem"],
+    )
+    public, gradients = dict(recorded["inputs"]), {key: a[0] for key, a in recorded["gradients"].items()}
+    x, d_x = public.pop("x"), gradients.pop("x")
+    graph, _ = nnx.split(jax.eval_shape(lambda: config.make(D, rngs=nnx.Rngs(0))))
+    layer = nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, public_ultramem(public))))
+    y, (d_layer, _, d_own_x) = value_and_gradients(layer, None, x, recorded["weights"]["o"])
+    assert_close((y, d_own_x), (recorded["outputs"]["o"][0], d_x))
+    got, want = nnx.to_pure_dict(nnx.state(d_layer)), public_ultramem(gradients)
+    got["keys"]["query"], want["keys"]["query"] = got["keys"]["query"].sum(axis=2), want["keys"]["query"][:, :, 0]
+    del got["keys"]["query_norm"]["bias"], want["keys"]["query_norm"]["bias"]
+    assert_close(got, want)
+
+
 def test_all_that_is_recorded_has_a_test():
-    assert recordings("memory_layers").keys() == RECORDED.keys()
+    assert recordings("memory_layers").keys() == {*RECORDED, "ultramem"}
