@@ -114,7 +114,9 @@ def rows_on_host(
         first, last = np.searchsorted(rows, (start, stop))
         if shard.replica_id == 0 and last > first:
             local = np.pad(rows[first:last] - start, (0, _padding(last - first)), mode="edge")
-            found[first:last, columns] = np.asarray(shard.data[*layer, local])[: last - first]
+            alone = jax.sharding.Mesh(np.array([shard.device]), ("alone",))  # whatever mesh is in force
+            with jax.set_mesh(alone):
+                found[first:last, columns] = np.asarray(shard.data[*layer, local])[: last - first]
     return found
 
 

@@ -127,7 +127,7 @@ def _together(reads: list[TableReads]) -> TableReads:
 
 def by_path(tables: nnx.State) -> dict[str, Array]:
     """The arrays of tables."""
-    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(tables)}
+    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(tables)}
 
 
 def with_arrays(tables: nnx.State, arrays: dict[str, Array]) -> nnx.State:
