@@ -193,7 +193,7 @@ def expected_at(start: np.ndarray, step: int) -> np.ndarray:
 
 
 def killed(directory, n_kills: int, seed: int) -> tuple[int, int]:
-    """Kills, checking that all steps are whole, on another mesh too; how often the step in hand was not there, and that it was."""
+    """Kills, checking that all steps are whole, on another mesh too; how often the step in hand was not there, and was."""
     store = new(directory)
     store.write([], {}, step=0)
     start = {name: store.read(name, slice(None)) for name in LIKE}
