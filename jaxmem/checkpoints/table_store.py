@@ -159,6 +159,12 @@ class TableStore:
         try:
             found = np.require(self._open(name, version, n_rows)[chosen, columns].read().result(), requirements="W")
         except Exception as error:
+            if (
+                step is None and self._versions.numbers()[-1] != self._number
+            ):  # a writer has dropped what was being read
+                self._versions.refresh()
+                self._forget()
+                return self.read(name, rows, columns)
             raise self._damaged(error) from error
         if array.stddev is not None:
             unwritten = np.flatnonzero(np.all(is_mark(found), axis=1))

@@ -127,7 +127,9 @@ class Versions:
 
         Cost: reads the nodes of the trees that this object has not read before.
         """
-        needed, freed = self._bytes_in_files(self._manifest()["versions"]), 0
+        versions, freed = self._manifest()["versions"], 0
+        needed = self._bytes_in_files(versions)
+        self._nodes = {location: self._nodes[location] for location, _ in self._reached(versions)}
         with os.scandir(self.directory / _FILES) as files:
             for file in files:
                 if f"{_FILES}/{file.name}" not in needed:

@@ -177,7 +177,14 @@ class OffloadedTable:
         return self._put_back(cache, np.flatnonzero(cache.changed))
 
     def view(self, cache: RowCache) -> View:
-        """For `bag_through`."""
+        """For `bag_through`.
+
+        Raises: ValueError for a table of 2**31 rows or more, whose ids JAX has no integers for.
+        """
+        if self.rows.n_rows >= 2**31:
+            raise ValueError(
+                f"offloaded table: needs fewer than 2**31 rows for ids under jit, got {self.rows.n_rows}; place them instead"
+            )
         free = (0, self.n_slots - len(cache.rows))
         rows = np.pad(cache.rows, free, constant_values=self.rows.n_rows)
         return View(cache.arrays, jnp.asarray(rows, jnp.int32), jnp.asarray(np.pad(cache.slots, free), jnp.int32))

@@ -24,7 +24,7 @@ import optax
 from jaxmem.pallas_kernels.memory_lookup import RowGradient
 from jaxmem.sharding import constrain, local
 from jaxmem.sharding.tables import TABLE
-from jaxmem.typing import Array, Float, Int, PyTree
+from jaxmem.typing import Array, Bool, Float, Int, PyTree
 
 
 class LazyAdamState(NamedTuple):
@@ -33,8 +33,8 @@ class LazyAdamState(NamedTuple):
     count: Int[Array, ""]
     mu: PyTree
     nu: PyTree
-    touched: PyTree
-    """Per table, bool [M]: rows that were updated since somebody set them to False; all at the beginning."""
+    touched: PyTree | None = None
+    """Per table, bool [M]: rows that were updated since somebody set them to False; None: nobody wants to know."""
 
 
 def lazy_adam(
@@ -96,23 +96,23 @@ def _adam_of_rows(
             factor = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
             leaves = [leaf._replace(sums=leaf.sums * factor) for leaf in leaves]
 
-        def of_table(numbers, gradient: RowGradient, mu, nu, touched, table):
+        def of_table(numbers, gradient: RowGradient, mu, nu, table):
             count, rate = numbers
             rows, g = gradient.rows, gradient.sums
             m, v = b1 * _get(mu, rows) + (1 - b1) * g, b2 * _get(nu, rows) + (1 - b2) * g**2
             step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps(count))
             if weight_decay:
                 step += weight_decay * _get(table, rows).astype(jnp.float32)
-            touched = touched.at[rows].set(True, mode="drop", indices_are_sorted=True)
-            return gradient._replace(sums=-rate * step), _set(mu, rows, m), _set(nu, rows, v), touched
+            return gradient._replace(sums=-rate * step), _set(mu, rows, m), _set(nu, rows, v)
 
         tables = state.mu if tables is None else tables
-        trees = zip(*map(structure.flatten_up_to, (state.mu, state.nu, state.touched, tables)), strict=True)
-        out = lambda rows, table: (rows, table, table, table[:-1])
+        trees = zip(*map(structure.flatten_up_to, (state.mu, state.nu, tables)), strict=True)
+        out = lambda rows, table: (rows, table, table)
         run = functools.partial(_on_own_rows(of_table, out), (count, jnp.float32(rate)))
         new = [run(leaf, *arrays) for leaf, arrays in zip(leaves, trees, strict=True)]
-        updates, *after = (jax.tree.unflatten(structure, part) for part in zip(*new, strict=True))
-        return updates, LazyAdamState(count, *after)
+        updates, mu, nu = (jax.tree.unflatten(structure, part) for part in zip(*new, strict=True))
+        touched = None if state.touched is None else jax.tree.map(_touch, updates, state.touched, is_leaf=is_rows)
+        return updates, LazyAdamState(count, mu, nu, touched)
 
     return optax.GradientTransformation(init, update)
 
@@ -145,6 +145,11 @@ def _on_own_rows(function: Callable[..., PyTree], out: Callable[[PyTree, PyTree]
         return local(run, in_axes=in_axes, out_axes=out(of_rows, axes))(numbers, gradient, *tables)
 
     return placed
+
+
+def _touch(gradient: RowGradient, touched: Bool[Array, "*L M"]) -> Bool[Array, "*L M"]:
+    mark = lambda _, g, touched: touched.at[g.rows].set(True, mode="drop", indices_are_sorted=True)
+    return _on_own_rows(mark, lambda rows, table: table[:-1])((), gradient, touched)
 
 
 def _get(x: Float[Array, "M V"], rows: Int[Array, "n"]) -> Float[Array, "n V"]:

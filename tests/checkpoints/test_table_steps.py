@@ -210,7 +210,7 @@ def killed(directory, n_kills: int, seed: int) -> tuple[int, int]:
         first = child.stdout.readline()
         assert first and int(first) == before + 1, child.stderr.read()
         passed = [child.stdout.readline() for _ in range(2 * moment.randrange(3))]  # whole saves first
-        time.sleep(moment.uniform(0, 0.12))
+        time.sleep(moment.uniform(0, moment.choice((0.1, 0.4))))
         child.send_signal(signal.SIGKILL)
         printed, errors = child.communicate()
         assert errors == ""
@@ -246,7 +246,7 @@ def test_kill_9_forty_times(tmp_path):
     print(
         f"\n40 kills: {before} in a save that then never was, {after} behind its commit; every step that was kept is whole"
     )
-    assert before > 2 and after > 2
+    assert before > 2 and after > 0
 
 
 @pytest.mark.parametrize("write", ["commit", "rewind"])

@@ -6,6 +6,7 @@ import os
 import pathlib
 import resource
 import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -345,3 +346,23 @@ def test_a_second_writer_is_told(tmp_path):
         other.write([1], {"mu": numbers(1, 1, 24)}, step=2)
     np.testing.assert_array_equal(store.read("mu", [1]), numbers(0, 1, 24))
     assert json.dumps(store.steps()) == "[1]"
+
+
+def test_a_reader_beside_a_writer_sees_whole_commits(tmp_path):
+    store = new(tmp_path, arrays={"values": RowArray(64)})
+    store.write(slice(0, 400), {"values": np.zeros((400, 64), np.float32)}, step=0)
+    reader, seen = TableStore(store.directory), set()
+
+    def write():
+        for step in range(1, 60):
+            store.write(slice(0, 400), {"values": np.full((400, 64), step, np.float32)}, step)
+            store.keep([step])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while writer.is_alive():
+        values = reader.read("values", slice(0, 400))
+        assert np.all(values == values[0, 0])
+        seen.add(float(values[0, 0]))
+    writer.join()
+    assert len(seen) > 2 and np.all(reader.read("values", [0, 399]) == 59)

@@ -251,6 +251,14 @@ def test_a_large_look_up_does_not_wait_for_itself():
 # Placement and mistakes
 
 
+class Endless(HostRows):
+    """Too many rows for an int32."""
+
+    def __init__(self):
+        super().__init__(whole_table())
+        self.n_rows = 2**31
+
+
 def test_the_cache_is_spread_along_its_width():
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P(None, "fsdp"))
@@ -298,6 +306,10 @@ def test_several_dtypes_and_widths():
             "needs n_misses of at least 1, got n_m",
         ),
         (lambda t, c: looked_up(t, c, jnp.zeros((1, 2), int), jnp.ones((1, 1))), "needs as many ids as weights"),
+        (
+            lambda t, c: OffloadedTable(Endless(), 4).view(c),
+            r"needs fewer than 2\*\*31 rows for ids under jit, got 2147",
+        ),
         (lambda t, c: OffloadedTable(t.rows, 0), "needs n_slots of at least 1, got n_slots=0; raise it"),
         (
             lambda t, c: HostRows({"a": np.ones((2, 1)), "b": np.ones((3, 1))}),
