@@ -10,21 +10,27 @@ where the gradient of JAX's own gather stops at 256. Rows are summed in the orde
 
 An id outside 0 .. M - 1 reads nothing: it counts as a row of zeros, and gets no gradient. Outside jit it is an error.
 
-`xla` works in chunks of tokens: no array [T, k, V] exists. Cost: 2 T k V FLOPs and T k rows read, for each of the three.
+`xla` works in chunks of tokens: no array [T, k, V] exists. `pallas_tpu` and `pallas_gpu` fetch each row where it is used
+(`memory_lookup_tpu`, `memory_lookup_gpu`). Cost: 2 T k V FLOPs and T k rows read, for each of the three.
 Reference: Lample et al. 2019, arXiv 1907.05242, section 3.1; Berges et al. 2024, arXiv 2412.09764, section 3.2.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.pallas_kernels import memory_lookup_gpu, memory_lookup_tpu
 from jaxmem.typing import Array, Float, Int, PyTree
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+KERNELS = {"pallas_tpu": memory_lookup_tpu, "pallas_gpu": memory_lookup_gpu}
+"""By implementation."""
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 CHUNK_NUMBERS = 2**18
 """Of gathered rows at once: 1 MiB in fp32, which stays in a core's cache."""
 
@@ -34,7 +40,7 @@ def bag(
     ids: Int[Array, "*batch k"],
     weights: Float[Array, "*batch k"],
     *,
-    implementation: Implementation = "xla",
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*batch V"]:
     """The weighted sum of rows, y_t = sum_j w_tj values[ids_tj], in fp32.
 
@@ -42,10 +48,11 @@ def bag(
       values: a table, in any float dtype.
       ids: rows to read; an id that is no row's reads nothing.
       weights: of each.
-      implementation: "reference" is the equation, with an array [*batch, k, V]; "xla" works in chunks.
+      implementation: "reference" is the equation, with an array [*batch, k, V]; "xla" works in chunks; "pallas_tpu" and
+        "pallas_gpu" are kernels; None: the kernel of the platform compiled for, if it can read such a table, or "xla".
 
     Raises: ValueError if ids and weights have not one shape, outside jit for an id that is no row's, or for an unknown
-      implementation.
+      implementation; NotImplementedError for a table that the kernel asked for cannot read.
 
     >>> bag(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[0, 1, 1]]), jnp.array([[0.5, 2.0, 3.0]])).tolist()
     [[0.5, 5.0]]
@@ -59,7 +66,7 @@ def dots(
     ids: Int[Array, "*batch k"],
     y: Float[Array, "*batch V"],
     *,
-    implementation: Implementation = "xla",
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*batch k"]:
     """The products with rows, d_tj = <y_t, values[ids_tj]>, in fp32: the gradient of `bag` in its weights.
 
@@ -78,40 +85,62 @@ def sum_rows(
     y: Float[Array, "*batch V"],
     n_rows: int,
     *,
-    implementation: Implementation = "xla",
+    implementation: Implementation | None = None,
 ) -> Float[Array, "M V"]:
     """Weighted sums into rows, s_m = sum of w_tj y_t over ids_tj = m, in fp32: the gradient of `bag` in its values.
 
     >>> sum_rows(jnp.array([[1, 1], [1, 5]]), jnp.ones((2, 2)), jnp.array([[1.0], [10.0]]), 2).tolist()
     [[0.0], [12.0]]
     """
-    if implementation not in get_args(Implementation):
-        _unknown("sum_rows", implementation)
+    _check_implementation("sum_rows", jax.ShapeDtypeStruct((n_rows, y.shape[-1]), jnp.float32), implementation)
     return _sum_rows(ids, weights, y, n_rows, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _bag(values, ids, weights, implementation):
-    return _product_with_rows("...k,...kv->...v", values, ids, weights, implementation)
+    return _product_with_rows("bag", values, ids, weights, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dots(values, ids, y, implementation):
-    return _product_with_rows("...v,...kv->...k", values, ids, y, implementation)
+    return _product_with_rows("dots", values, ids, y, implementation)
 
 
-def _product_with_rows(subscripts: str, values, ids, x, implementation) -> Float[Array, "*batch n"]:
-    """einsum of x, of each token, and the rows that it reads; chunks of tokens have about `CHUNK_NUMBERS` in their rows."""
-    product = lambda tokens: jnp.einsum(subscripts, tokens[1], _rows(values, tokens[0]), precision="highest")
-    x, batch, k = _fp32(x), ids.shape[:-1], ids.shape[-1]
-    n_tokens = math.prod(batch)
-    if implementation == "reference" or n_tokens * k == 0:
-        return product((ids, x))
-    flat = tuple(a.reshape(n_tokens, a.shape[-1]) for a in (ids, x))
-    size = min(n_tokens, max(1, CHUNK_NUMBERS // max(k * values.shape[1], 1)))
-    found = jax.lax.map(product, _split(flat, size, 0))
-    found = found.reshape(-1, found.shape[-1])[:n_tokens]
+_EQUATIONS = {"bag": "...k,...kv->...v", "dots": "...v,...kv->...k"}
+
+
+def _product_with_rows(what: str, values, ids, x, implementation) -> Float[Array, "*batch n"]:
+    """The einsum of x, of each token, and the rows that it reads."""
+    x, batch = _fp32(x), ids.shape[:-1]
+    if implementation == "reference" or ids.size == 0:
+        return _einsum(what, values, ids, x)
+    ids, x = (a.reshape(-1, a.shape[-1]) for a in (ids, x))
+    xla = functools.partial(_in_chunks, what)
+    if implementation is None:
+        able = {
+            PLATFORMS[name]: _kernel(name, what) for name, kernel in KERNELS.items() if kernel.lacks(values) is None
+        }
+        found = jax.lax.platform_dependent(values, ids, x, default=xla, **able) if able else xla(values, ids, x)
+    else:
+        found = (xla if implementation == "xla" else _kernel(implementation, what))(values, ids, x)
     return found.reshape(*batch, found.shape[-1])
+
+
+def _kernel(implementation: str, what: str) -> Callable[[Array, Array, Array], Array]:
+    """Under vmap once per table and batch: a kernel has one table."""
+    return jax.custom_batching.sequential_vmap(getattr(KERNELS[implementation], what))
+
+
+def _einsum(what: str, values, ids, x) -> Float[Array, "*batch n"]:
+    return jnp.einsum(_EQUATIONS[what], x, _rows(values, ids), precision="highest")
+
+
+def _in_chunks(what: str, values, ids, x) -> Float[Array, "T n"]:
+    """Chunks of tokens that have about `CHUNK_NUMBERS` in their rows."""
+    n_tokens, k = ids.shape
+    size = min(n_tokens, max(1, CHUNK_NUMBERS // max(k * values.shape[1], 1)))
+    found = jax.lax.map(lambda tokens: _einsum(what, values, *tokens), _split((ids, x), size, 0))
+    return found.reshape(-1, found.shape[-1])[:n_tokens]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -122,7 +151,18 @@ def _sum_rows(ids, weights, y, n_rows, implementation):
     if implementation == "reference":
         return nothing.at[rows].add(weights[:, None] * jnp.repeat(y, k, axis=0), mode="drop")
     order = jnp.argsort(rows, stable=True)
-    return _add_sorted(nothing, order, rows[order], weights, y)
+    return _sum_sorted(nothing, order, rows[order], weights, y, implementation)
+
+
+def _sum_sorted(nothing, order, rows, weights, y, implementation: Implementation | None = None) -> Float[Array, "M V"]:
+    """Sums into `nothing`, zeros. GPUs have a kernel for it, since XLA's scatter there adds in any order."""
+    if rows.size == 0:
+        return nothing
+    kernel = jax.custom_batching.sequential_vmap(memory_lookup_gpu.add_sorted)
+    arrays = nothing, order, rows, weights, y
+    if implementation is None:
+        return jax.lax.platform_dependent(*arrays, default=_add_sorted, cuda=kernel)
+    return (kernel if implementation == "pallas_gpu" else _add_sorted)(*arrays)
 
 
 def _add_sorted(
@@ -133,8 +173,6 @@ def _add_sorted(
     y: Float[Array, "T V"],
 ) -> Float[Array, "M V"]:
     """With weights[order] times their token's y, a chunk at a time, in `rows`, which ascend."""
-    if not rows.size:
-        return sums
     k, (n_rows, width) = rows.size // y.shape[0], sums.shape
     size = min(rows.size, max(1, CHUNK_NUMBERS // max(width, 1)))
 
@@ -179,7 +217,7 @@ def row_gradient(
     rows = rows[order]
     starts = (rows != jnp.concatenate([jnp.full_like(rows[:1], -1), rows[:-1]])) & (rows < n_rows)
     place = jnp.where(rows < n_rows, jnp.cumsum(starts) - 1, size)
-    sums = _add_sorted(jnp.full_like(dy, 0, shape=(size, width)), order, place, weights, dy)
+    sums = _sum_sorted(jnp.full_like(dy, 0, shape=(size, width)), order, place, weights, dy)
     sums = jnp.where(jnp.sum(starts) > size, jnp.nan, sums)
     found = jnp.full_like(rows, n_rows, shape=size).at[place].set(rows, mode="drop")
     return RowGradient(found, sums, jnp.full_like(rows, 0, shape=size).at[place].add(1, mode="drop"))
@@ -232,8 +270,7 @@ def _split(arrays: PyTree, size: int, filling: int) -> PyTree:
 
 
 def _check(what: str, values, ids, shape: tuple[int, ...], implementation) -> None:
-    if implementation not in get_args(Implementation):
-        _unknown(what, implementation)
+    _check_implementation(what, values, implementation)
     if ids.shape != shape:
         raise ValueError(
             f"{what}: needs as many ids as weights for the same tokens, got ids={ids.shape} for {shape}; change one of them"
@@ -248,7 +285,11 @@ def _check(what: str, values, ids, shape: tuple[int, ...], implementation) -> No
         )
 
 
-def _unknown(what: str, implementation) -> None:
-    raise ValueError(
-        f"{what}: needs implementation to be one of {', '.join(get_args(Implementation))}, got {implementation!r}; change it"
-    )
+def _check_implementation(what: str, values, implementation) -> None:
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"{what}: needs implementation to be one of {', '.join(get_args(Implementation))}, got {implementation!r}; "
+            "change it"
+        )
+    if implementation in KERNELS and (lacking := KERNELS[implementation].lacks(values)) is not None:
+        raise NotImplementedError(f"{what}: {implementation} needs {lacking}; use implementation='xla'")

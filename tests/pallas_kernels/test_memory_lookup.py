@@ -148,5 +148,8 @@ def test_errors():
     with pytest.raises(ValueError, match=r"dots: needs as many ids as weights .*, got ids=\(7, 5\) for \(6, 5\)"):
         dots(values, ids, y[:6])
     for f in (lambda **o: bag(values, ids, weights, **o), lambda **o: sum_rows(ids, weights, y, M, **o)):
-        with pytest.raises(ValueError, match="needs implementation to be one of reference, xla, got 'fast'; change it"):
+        with pytest.raises(
+            ValueError,
+            match="needs implementation to be one of reference, xla, pallas_tpu, pallas_gpu, got 'fast'; change it",
+        ):
             f(implementation="fast")
