@@ -64,7 +64,7 @@ def memory_use(weights: tuple[Float[Array, "repeats M"], ...], config: DecoderCo
         use.share_within_reach.append(min(1.0, reads / memory.table_shape(config.d_model)[0]))
         use.kl_from_uniform.append(float(kl))
         use.ranks.append(ranks)
-        use.weight_at_rank.append(at_rank.tolist())
+        use.weight_at_rank.append([float(f"{weight:.4g}") for weight in at_rank])
     return use
 
 

@@ -1,0 +1,155 @@
+"""The figures of how evenly memories are read: over training, and slot by slot at its end; from `MemoryUse`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from jaxmem.training.drawing import (
+    BLUE,
+    GREY,
+    MUTED,
+    ORANGE,
+    STYLE,
+    WIDTH_IN,
+    fit,
+    label_ends,
+    new_axes,
+    step_axis,
+    to_svg,
+)
+from jaxmem.training.plots import Chart, Line
+
+HEIGHT_IN = 5.0  # of two panels
+MOST_LABELS = 8
+MORE_TEXT = (
+    1.2  # an evaluation of so many times the text that others had reaches more slots, and is no point of their curve
+)
+FAINTEST = 0.35  # opacity of the first layer
+
+
+@matplotlib.rc_context(STYLE)
+def memory_use(evals: Sequence[Line]) -> Chart | None:
+    """Share of slots used and KL from uniform of each memory layer, over training."""
+    evals = _with_memories(evals)
+    if not evals:
+        return None
+    steps = np.array([line["step"] for line in evals])
+    n_tokens = [line.get("n_tokens", 0) for line in evals]
+    apart = len(evals) > 1 and n_tokens[-1] > MORE_TEXT * n_tokens[-2]
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for axes, key in ((upper, "share_used"), (lower, "kl_from_uniform")):
+        values = np.array([line["memory_use"][key] for line in evals], dtype=float)  # [evaluations, layers]
+        for style, of_layer in zip(_styles(evals[-1]), values.T, strict=True):
+            line = {"marker": "o", "markersize": 3, "clip_on": False, "zorder": 3} | style
+            joined = slice(None, -1 if apart else None)
+            axes.plot(steps[joined], of_layer[joined], **line)
+            if apart:
+                axes.plot(steps[-1:], of_layer[-1:], **line | {"markerfacecolor": "none", "markersize": 5})
+        _limits(axes, values)
+        step_axis(axes, steps, "")
+        label_ends(axes, _labels(evals[-1], values[-1]))
+    upper.set(xlabel="", ylabel="share of slots used")
+    upper.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+    lower.set_ylabel("KL from uniform (nats)")
+    last = evals[-1]["memory_use"]
+    reach = min(last["share_within_reach"])
+    captions = [
+        f"Top: slots read with any weight in held-out text ({_sizes(last)}).",
+        "Bottom: 0 is even use, the logarithm of the number of slots a single slot.",
+        f"Rings: the last evaluation, {n_tokens[-1] / max(n_tokens[-2], 1):.3g} times as much text." if apart else "",
+        f"So few reads reach at most {reach:.2g} of the slots of a layer." if reach < 1 else "",
+    ]
+    kl = np.array(last["kl_from_uniform"], dtype=float)
+    return Chart(
+        f"Memories: {_span(last['share_used'], lambda s: f'{s:.0%}')} of slots used, "
+        f"{_span(kl[np.isfinite(kl)], lambda v: f'{v:.1f}')} nats from uniform",
+        to_svg(figure, "memory_use"),
+        " ".join(filter(None, captions)),
+    )
+
+
+@matplotlib.rc_context(STYLE)
+def slots_by_rank(evals: Sequence[Line]) -> Chart | None:
+    """Weight of the slots of each memory layer in the last evaluation, most used first, both axes logarithmic."""
+    evals = _with_memories(evals)
+    if not evals or not any(weight for row in evals[-1]["memory_use"]["weight_at_rank"] for weight in row):
+        return None
+    last = evals[-1]["memory_use"]
+    figure, axes = new_axes(height_in=3.6)
+    drawn, ends = [], []
+    for style, ranks, weights in zip(_styles(evals[-1]), last["ranks"], last["weight_at_rank"], strict=True):
+        ranks, weights = np.array(ranks, dtype=float), np.array(weights, dtype=float)
+        used = weights > 0
+        axes.plot(ranks[used], weights[used], **style)
+        drawn += [*weights[used]]
+        ends.append(weights[used][-1] if used.any() else math.nan)
+    low, high = max(min(drawn), 1e-4), max(*drawn, 1.0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set(xlim=(1, max(last["n_slots"])), ylim=(low / 1.4, high * 1.4))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(numticks=8))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)
+    axes.set(xlabel="slot, by rank of use (1 is the most used)", ylabel="weight read, relative to the mean slot")
+    label_ends(axes, [*_labels(evals[-1], ends), (1.0, "even use", MUTED)])
+    top = [row[0] for row in last["weight_at_rank"]]
+    return Chart(
+        f"The busiest slot of a memory has {_span(top, lambda v: f'{v:,.0f}')} times the mean weight",
+        to_svg(figure, "slots_by_rank"),
+        f"At step {evals[-1]['step']:,}. A curve ends where slots were not read"
+        + (f", or at {low:g}." if low > min(drawn) else "."),
+    )
+
+
+def _with_memories(evals: Sequence[Line]) -> list[Line]:
+    return [line for line in evals if line.get("memory_use", {}).get("layers")]
+
+
+def _styles(line: Line) -> list[dict]:
+    """Of each layer's curve: the deeper, the stronger; a shared table in its own colour."""
+    layers = line["memory_use"]["layers"]
+    n_own = sum(name != "shared" for name in layers)
+    blue = lambda i: {"color": BLUE, "alpha": FAINTEST + (1 - FAINTEST) * (i + 1) / n_own}
+    return [{"color": ORANGE} if name == "shared" else blue(i) for i, name in enumerate(layers)]
+
+
+def _labels(line: Line, values: Sequence[float]) -> list[tuple[float, str, str]]:
+    """Names of curves at their ends; of many, the first, the last and those between which the others lie."""
+    layers = line["memory_use"]["layers"]
+    ends = {i: value for i, value in enumerate(values) if math.isfinite(value)}
+    if len(ends) > MOST_LABELS:
+        by_value = sorted(ends, key=ends.__getitem__)
+        ends = {i: ends[i] for i in sorted({min(ends), max(ends), by_value[0], by_value[-1]})}
+    name = lambda i: "shared table" if layers[i] == "shared" else f"layer {layers[i]}"
+    return [(value, name(i), ORANGE if layers[i] == "shared" else BLUE) for i, value in ends.items()]
+
+
+def _limits(axes: Axes, values: np.ndarray) -> None:
+    """From 0, or on a logarithmic scale if the values span more than a factor of ten."""
+    values = values[np.isfinite(values)]
+    top = float(values.max(initial=0.0))
+    if top > 10 * float(values.min(initial=math.inf)) > 0:
+        fit(axes, values)
+    else:
+        axes.set_ylim(0, 1.08 * top or 1.0)
+
+
+def _sizes(last: dict) -> str:
+    """How many slots the layers have."""
+    sizes = sorted(set(last["n_slots"]))
+    return f"of {' or '.join(f'{n:,}' for n in sizes)}" if len(sizes) <= 2 else f"of {sizes[0]:,} to {sizes[-1]:,}"
+
+
+def _span(values: Sequence[float], show) -> str:
+    low, high = show(min(values, default=math.nan)), show(max(values, default=math.nan))
+    return low if low == high else f"{low} to {high}"
