@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxmem.training.drawing import (
@@ -26,8 +27,9 @@ from jaxmem.training.drawing import (
 )
 from jaxmem.training.plots import Chart, Line
 
-HEIGHT_IN = 5.0  # of two panels
-MOST_LABELS = 8
+HEIGHT_IN = 5.2  # of two panels
+MOST_NAMES = 8  # in a legend
+MARKERS, MARKED = "os^Dv", 5  # of layers in turn; of a curve by rank, every fifth point
 MORE_TEXT = (
     1.2  # an evaluation of so many times the text that others had reaches more slots, and is no point of their curve
 )
@@ -48,24 +50,25 @@ def memory_use(evals: Sequence[Line]) -> Chart | None:
     for axes, key in ((upper, "share_used"), (lower, "kl_from_uniform")):
         values = np.array([line["memory_use"][key] for line in evals], dtype=float)  # [evaluations, layers]
         for style, of_layer in zip(_styles(evals[-1]), values.T, strict=True):
-            line = {"marker": "o", "markersize": 3, "clip_on": False, "zorder": 3} | style
             joined = slice(None, -1 if apart else None)
-            axes.plot(steps[joined], of_layer[joined], **line)
+            axes.plot(steps[joined], of_layer[joined], clip_on=False, zorder=3, **style)
             if apart:
-                axes.plot(steps[-1:], of_layer[-1:], **line | {"markerfacecolor": "none", "markersize": 5})
+                hollow = style | {"markerfacecolor": "none", "markersize": 5.5}
+                axes.plot(steps[-1:], of_layer[-1:], clip_on=False, zorder=3, **hollow)
         _limits(axes, values)
-        step_axis(axes, steps, "")
-        label_ends(axes, _labels(evals[-1], values[-1]))
+        step_axis(axes, np.array([0, *steps]) if len(steps) == 1 else steps, "")
     upper.set(xlabel="", ylabel="share of slots used")
     upper.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
     lower.set_ylabel("KL from uniform (nats)")
+    figure.align_ylabels()
+    _legend(figure, evals[-1])
     last = evals[-1]["memory_use"]
     reach = min(last["share_within_reach"])
     captions = [
-        f"Top: slots read with any weight in held-out text ({_sizes(last)}).",
-        "Bottom: 0 is even use, the logarithm of the number of slots a single slot.",
-        f"Rings: the last evaluation, {n_tokens[-1] / max(n_tokens[-2], 1):.3g} times as much text." if apart else "",
-        f"So few reads reach at most {reach:.2g} of the slots of a layer." if reach < 1 else "",
+        f"Top: slots, {_sizes(last)}, that held-out text read with any weight.",
+        "Bottom: 0 is even use, ln(slots) a single slot.",
+        f"Hollow: the last evaluation, {n_tokens[-1] / max(n_tokens[-2], 1):.3g} times as much text." if apart else "",
+        f"So few reads reach at most {100 * reach:.3g}% of the slots of a layer." if reach < 1 else "",
     ]
     kl = np.array(last["kl_from_uniform"], dtype=float)
     return Chart(
@@ -83,14 +86,13 @@ def slots_by_rank(evals: Sequence[Line]) -> Chart | None:
     if not evals or not any(weight for row in evals[-1]["memory_use"]["weight_at_rank"] for weight in row):
         return None
     last = evals[-1]["memory_use"]
-    figure, axes = new_axes(height_in=3.6)
-    drawn, ends = [], []
+    figure, axes = new_axes(height_in=3.8)
+    drawn = []
     for style, ranks, weights in zip(_styles(evals[-1]), last["ranks"], last["weight_at_rank"], strict=True):
         ranks, weights = np.array(ranks, dtype=float), np.array(weights, dtype=float)
         used = weights > 0
-        axes.plot(ranks[used], weights[used], **style)
+        axes.plot(ranks[used], weights[used], markevery=MARKED, **style)
         drawn += [*weights[used]]
-        ends.append(weights[used][-1] if used.any() else math.nan)
     low, high = max(min(drawn), 1e-4), max(*drawn, 1.0)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -101,7 +103,8 @@ def slots_by_rank(evals: Sequence[Line]) -> Chart | None:
         axis.set_minor_formatter(NullFormatter())
     axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)
     axes.set(xlabel="slot, by rank of use (1 is the most used)", ylabel="weight read, relative to the mean slot")
-    label_ends(axes, [*_labels(evals[-1], ends), (1.0, "even use", MUTED)])
+    label_ends(axes, [(1.0, "even use", MUTED)])
+    _legend(figure, evals[-1])
     top = [row[0] for row in last["weight_at_rank"]]
     return Chart(
         f"The busiest slot of a memory has {_span(top, lambda v: f'{v:,.0f}')} times the mean weight",
@@ -116,22 +119,27 @@ def _with_memories(evals: Sequence[Line]) -> list[Line]:
 
 
 def _styles(line: Line) -> list[dict]:
-    """Of each layer's curve: the deeper, the stronger; a shared table in its own colour."""
+    """Of each layer's curve: the deeper, the stronger, with markers in turn; a shared table in its own colour."""
     layers = line["memory_use"]["layers"]
     n_own = sum(name != "shared" for name in layers)
-    blue = lambda i: {"color": BLUE, "alpha": FAINTEST + (1 - FAINTEST) * (i + 1) / n_own}
-    return [{"color": ORANGE} if name == "shared" else blue(i) for i, name in enumerate(layers)]
+    styles = [
+        {"color": BLUE, "alpha": FAINTEST + (1 - FAINTEST) * (i + 1) / n_own, "marker": MARKERS[i % len(MARKERS)]}
+        for i in range(n_own)
+    ]
+    shared = {"color": ORANGE, "marker": "o"}
+    return [{"markersize": 3.5, "linewidth": 1.3} | style for style in [*styles, shared][: len(layers)]]
 
 
-def _labels(line: Line, values: Sequence[float]) -> list[tuple[float, str, str]]:
-    """Names of curves at their ends; of many, the first, the last and those between which the others lie."""
+def _legend(figure: Figure, line: Line) -> None:
+    """Names of the curves under the drawing; of many layers, those that stand evenly apart."""
     layers = line["memory_use"]["layers"]
-    ends = {i: value for i, value in enumerate(values) if math.isfinite(value)}
-    if len(ends) > MOST_LABELS:
-        by_value = sorted(ends, key=ends.__getitem__)
-        ends = {i: ends[i] for i in sorted({min(ends), max(ends), by_value[0], by_value[-1]})}
+    shown = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), MOST_NAMES)).round().astype(int))
+    styles = _styles(line)
     name = lambda i: "shared table" if layers[i] == "shared" else f"layer {layers[i]}"
-    return [(value, name(i), ORANGE if layers[i] == "shared" else BLUE) for i, value in ends.items()]
+    handles = [Line2D([], [], label=name(i), **styles[i]) for i in shown]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, labelcolor=MUTED
+    )
 
 
 def _limits(axes: Axes, values: np.ndarray) -> None:
