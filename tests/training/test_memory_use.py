@@ -21,8 +21,9 @@ from jaxmem.training.evaluation import evaluate, make_eval_step
 from jaxmem.training.experiment import load_experiment
 from jaxmem.training.loop import train
 from jaxmem.training.memory_use import MemoryUse, memory_use
-from jaxmem.training.metrics import read_metrics
+from jaxmem.training.metrics import MetricsWriter, read_metrics
 from jaxmem.training.placement import on_mesh
+from jaxmem.training.report import write_report
 from jaxmem.training.step import merge, shifted
 
 B, T, VOCAB = 8, 12, 64
@@ -79,10 +80,10 @@ def test_numbers_by_hand():
 
 def test_an_evaluation_adds_up_what_the_decoder_tells(found, params):
     sums, n_tokens = None, 0
-    told = jax.jit(lambda tokens, ids: merge(MODEL, params).with_memory_use(tokens, segment_ids=ids)[2])
+    tell = jax.jit(lambda params, tokens, ids: merge(MODEL, params).with_memory_use(tokens, segment_ids=ids)[2])
     for batch in make_batches():
         ids = batch["segment_ids"][:, :-1]
-        uses = [use for use in told(batch["tokens"][:, :-1], ids) if use is not None]
+        uses = [use for use in tell(params, batch["tokens"][:, :-1], ids) if use is not None]
         sums = uses if sums is None else [a + b for a, b in zip(sums, uses, strict=True)]
         n_tokens += np.sum(ids != 0)
     assert_same(found, memory_use(tuple(sums), MODEL, int(n_tokens)))
@@ -131,18 +132,28 @@ def test_models_without_memories_have_no_numbers():
     assert found.memory_use == MemoryUse()
 
 
-def test_a_run_writes_and_draws_them(work, tmp_path, monkeypatch):
+def test_an_evaluation_is_written_and_drawn(step, tmp_path):
+    evaluation = evaluate(step, make_batches(), BYTES, MODEL, jnp.asarray)
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write("eval", 4, **dataclasses.asdict(evaluation))
+    assert read_metrics(tmp_path)[0]["memory_use"] == dataclasses.asdict(evaluation.memory_use)
+    page = write_report(tmp_path).read_text()
+    assert "share of slots used" in page and "slot, by rank of use" in page
+
+
+@pytest.mark.slow
+def test_a_run_has_them_at_every_evaluation(work, tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     tiny = load_experiment(Path(__file__).with_name("tiny.py"))
     model = dataclasses.replace(tiny.model, memories=(None, MemoryConfig(KEYS)))
-    train(dataclasses.replace(tiny, model=model, sample_tokens=0), tmp_path / "run")
+    mesh = MeshConfig(data=2, fsdp=2, model=2)
+    train(dataclasses.replace(tiny, model=model, mesh=mesh, sample_tokens=0), tmp_path / "run")
     evals = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"]
     assert len(evals) == 3
     for line in evals:
         use = line["memory_use"]
         assert use["layers"] == ["1"] and 0 < use["share_used"][0] <= 1 and use["kl_from_uniform"][0] >= 0
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "share of slots used" in page and "slot, by rank of use" in page
+    assert "share of slots used" in (tmp_path / "run" / "report.html").read_text()
 
 
 def assert_same(got: MemoryUse, want: MemoryUse):
