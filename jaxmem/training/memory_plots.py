@@ -83,7 +83,7 @@ def memory_use(evals: Sequence[Line]) -> Chart | None:
 def slots_by_rank(evals: Sequence[Line]) -> Chart | None:
     """Weight of the slots of each memory layer in the last evaluation, most used first, both axes logarithmic."""
     evals = _with_memories(evals)
-    if not evals or not any(weight for row in evals[-1]["memory_use"]["weight_at_rank"] for weight in row):
+    if not evals or not any(row[0] > 0 for row in evals[-1]["memory_use"]["weight_at_rank"]):
         return None
     last = evals[-1]["memory_use"]
     figure, axes = new_axes(height_in=3.8)
@@ -105,7 +105,7 @@ def slots_by_rank(evals: Sequence[Line]) -> Chart | None:
     axes.set(xlabel="slot, by rank of use (1 is the most used)", ylabel="weight read, relative to the mean slot")
     label_ends(axes, [(1.0, "even use", MUTED)])
     _legend(figure, evals[-1])
-    top = [row[0] for row in last["weight_at_rank"]]
+    top = [row[0] for row in last["weight_at_rank"] if row[0] > 0]
     return Chart(
         f"The busiest slot of a memory has {_span(top, lambda v: f'{v:,.0f}')} times the mean weight",
         to_svg(figure, "slots_by_rank"),

@@ -163,7 +163,7 @@ def memory_lines(*steps, **options):
 def test_memories_have_figures_whatever_their_number(steps, n_layers):
     lines = memory_lines(*steps, layers=[str(i) for i in range(n_layers)])
     lines[-1]["memory_use"]["kl_from_uniform"][0] = math.nan
-    lines[-1]["memory_use"]["weight_at_rank"][0] = 5 * [0.0]
+    lines[-1]["memory_use"]["weight_at_rank"][0] = 5 * [math.nan]
     ET.fromstring(memory_use(lines).svg)
     by_rank = slots_by_rank(lines)
     assert by_rank is None if n_layers == 1 else "layer 12" in by_rank.svg
