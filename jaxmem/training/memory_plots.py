@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from jaxmem.training.drawing import (
     BLUE,
@@ -30,9 +30,7 @@ from jaxmem.training.plots import Chart, Line
 HEIGHT_IN = 5.2  # of two panels
 MOST_NAMES = 8  # in a legend
 MARKERS, MARKED = "os^Dv", 5  # of layers in turn; of a curve by rank, every fifth point
-MORE_TEXT = (
-    1.2  # an evaluation of so many times the text that others had reaches more slots, and is no point of their curve
-)
+MORE_TEXT = 1.2  # times as much text as before: the evaluation reaches more slots, and is no point of the curve
 FAINTEST = 0.35  # opacity of the first layer
 
 
@@ -68,11 +66,11 @@ def memory_use(evals: Sequence[Line]) -> Chart | None:
         f"Top: slots, {_sizes(last)}, that held-out text read with any weight.",
         "Bottom: 0 is even use, ln(slots) a single slot.",
         f"Hollow: the last evaluation, {n_tokens[-1] / max(n_tokens[-2], 1):.3g} times as much text." if apart else "",
-        f"So few reads reach at most {100 * reach:.3g}% of the slots of a layer." if reach < 1 else "",
+        f"So few reads reach at most {_percent(reach)} of the slots of a layer." if reach < 1 else "",
     ]
     kl = np.array(last["kl_from_uniform"], dtype=float)
     return Chart(
-        f"Memories: {_span(last['share_used'], lambda s: f'{s:.0%}')} of slots used, "
+        f"Memories: {_span(last['share_used'], _percent)} of slots used, "
         f"{_span(kl[np.isfinite(kl)], lambda v: f'{v:.1f}')} nats from uniform",
         to_svg(figure, "memory_use"),
         " ".join(filter(None, captions)),
@@ -99,8 +97,9 @@ def slots_by_rank(evals: Sequence[Line]) -> Chart | None:
     axes.set(xlim=(1, max(last["n_slots"])), ylim=(low / 1.4, high * 1.4))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(numticks=8))
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
         axis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)
     axes.set(xlabel="slot, by rank of use (1 is the most used)", ylabel="weight read, relative to the mean slot")
     label_ends(axes, [(1.0, "even use", MUTED)])
@@ -161,3 +160,7 @@ def _sizes(last: dict) -> str:
 def _span(values: Sequence[float], show) -> str:
     low, high = show(min(values, default=math.nan)), show(max(values, default=math.nan))
     return low if low == high else f"{low} to {high}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share == 0 or share >= 0.01 else f"{100 * share:.1g}%"
