@@ -30,11 +30,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.layers.memory_table import Activation, MemoryTable, TableDtype, table_to_read
+from jaxmem.layers.memory_usage import slot_weights
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.layers.tucker_keys import TuckerKeysConfig
 from jaxmem.sharding import constrain, einsum, local, param
 from jaxmem.sharding.tables import CHOICES, X
-from jaxmem.typing import Array, Float, Int
+from jaxmem.typing import Array, Bool, Float, Int
 
 Score = Literal["softmax", "relu", "sigmoid", "linear"]
 Output = Literal["plain", "linear", "swilu"]
@@ -199,6 +200,10 @@ class Memory(nnx.Module):
     def choose(self, x: Float[Array, "B T D"]) -> tuple[Int[Array, "B T H k"], Float[Array, "B T H k"]]:
         """The slots that tokens read, best first, and their fp32 weights; for `jaxmem.layers.memory_usage`."""
         return local(self._choose, in_axes=(_SCORES,), out_axes=(CHOICES, CHOICES))(self.keys(x))
+
+    def use(self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None) -> Float[Array, "M"]:
+        """The weight with which each slot is read, summed over real tokens: `slot_weights`."""
+        return slot_weights(*self.choose(x), self.config.keys.n_slots, real)
 
     def _choose(self, scores: Float[Array, "B T H parts subkeys"]) -> tuple[Array, Array]:
         best = self.keys.choose(scores)

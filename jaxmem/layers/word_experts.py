@@ -26,8 +26,9 @@ import numpy as np
 from flax import nnx
 
 from jaxmem.layers.memory_table import Activation, MemoryTable, table_to_read
+from jaxmem.layers.memory_usage import slot_weights
 from jaxmem.sharding import local
-from jaxmem.typing import Array, Float, Int
+from jaxmem.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +174,15 @@ class WordExperts(nnx.Module):
         ids = local(self._slots, in_axes=(axes[:2],), out_axes=axes)(words)
         layer = None if self.config.shared_table else layer
         return table.read(x, ids, None, self.config.expert, self.reads, layer, axes).astype(x.dtype)
+
+    def use(
+        self, x: Float[Array, "B T D"], words: Int[Array, "B T"], real: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "E"]:
+        """How many of the real tokens each expert reads; an expert counts as one slot, since its neurons go together."""
+        axes = self.config.choice_axes
+        ids = local(lambda words: self.experts(words)[..., None, None], in_axes=(axes[:2],), out_axes=axes)(words)
+        weights = jnp.ones_like(ids, jnp.float32)
+        return slot_weights(ids, weights, self.config.n_experts, real, axes)
 
     def _slots(self, words: Int[Array, "B T"]) -> Int[Array, "B T 1 F"]:
         width, experts = self.config.d_expert, self.experts(words)[..., None, None]

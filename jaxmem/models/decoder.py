@@ -17,7 +17,6 @@ from flax import nnx
 from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
 from jaxmem.layers.memory import MemoryConfig
-from jaxmem.layers.memory_table import MemoryTable
 from jaxmem.layers.mixer import Mixer, MixerConfig, advance, init_cursor
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
@@ -121,17 +120,19 @@ class Block(nnx.Module):
         self.ffn = None if alone else swiglu(rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: PyTree, tokens, segment_ids, positions, table: MemoryTable | None, layer
-    ) -> tuple[Array, PyTree]:
+        self, x: Float[Array, "B T D"], state: PyTree, tokens, segment_ids, positions, table, layer, real=None
+    ) -> tuple[Array, PyTree, Array | None]:
         mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
         x = x + mixed
         h = self.ffn_norm(x)
         if self.ffn is not None:
             x = x + self.ffn(h)
+        use = None
         if self.memory is not None:
             words = (tokens,) if isinstance(self.memory, WordExperts) else ()
             x = x + self.memory(h, *words, table if self.memory.config.shared_table else None, layer)
-        return x, state
+            use = None if real is None else self.memory.use(h, *words, real)
+        return x, state, use
 
 
 class Decoder(nnx.Module):
@@ -173,6 +174,21 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
+        return self._run(tokens, state, segment_ids, positions)[:2]
+
+    def with_memory_use(
+        self,
+        tokens: Int[Array, "B T"],
+        state: PyTree | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], PyTree, tuple[Float[Array, "repeats M"] | None, ...]]:
+        """The call, and how its memories were used: of each place of the pattern `Memory.use` over all tokens but padding,
+        None where no memory stands. A number per slot and layer on every device; slots are chosen twice."""
+        return self._run(tokens, state, segment_ids, positions, with_use=True)
+
+    def _run(self, tokens, state, segment_ids, positions, with_use: bool = False):
         layout = current_rules().layout
         tokens, segment_ids, positions = (
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
@@ -183,19 +199,20 @@ class Decoder(nnx.Module):
         x = self.embedding(tokens, jnp.dtype(self.config.dtype))
         states = (None,) * len(self.blocks) if state is None else state
 
+        real = (jnp.ones_like(tokens) if segment_ids is None else segment_ids) != 0 if with_use else None
         with_tables, blocks = _without_tables(tuple(self.blocks))
 
         def repeat(x: Array, of_layer: PyTree) -> tuple[Array, PyTree]:
             layer, blocks, states = of_layer
-            after = []
+            after, uses = [], []
             for block, before in zip(with_tables(blocks), states, strict=True):
-                x, new = block(x, before, tokens, segment_ids, positions, self.table, layer)
-                after.append(new)
-            return x, tuple(after)
+                x, new, use = block(x, before, tokens, segment_ids, positions, self.table, layer, real)
+                after.append(new), uses.append(use)
+            return x, (tuple(after), tuple(uses))
 
         layers = jnp.arange(self.config.repeats)
-        x, states = jax.lax.scan(_remat(repeat, self.config.remat), x, (layers, blocks, states))
-        return self.norm(restore(x, layout, "batch", "time", "embed")), states
+        x, (states, uses) = jax.lax.scan(_remat(repeat, self.config.remat), x, (layers, blocks, states))
+        return self.norm(restore(x, layout, "batch", "time", "embed")), states, uses
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vocab"]:
         """fp32 logits of hidden vectors, for a few tokens at a time; training uses `chunked_cross_entropy`."""

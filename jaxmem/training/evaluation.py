@@ -1,11 +1,13 @@
-"""Held-out evaluation: bits per byte, also by position in the document, and how the routers are used."""
+"""Held-out evaluation: bits per byte, also by position in the document, and how routers and memories are used."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -13,8 +15,9 @@ from jaxmem.layers.cross_entropy import token_nats
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import constrain
 from jaxmem.training.data import Batch
+from jaxmem.training.memory_use import MemoryUse, memory_use
 from jaxmem.training.step import Shifted, merge, router_use, shifted
-from jaxmem.typing import Array, Float, Int
+from jaxmem.typing import Array, Float, Int, PyTree
 
 
 class EvalStep(NamedTuple):
@@ -25,6 +28,8 @@ class EvalStep(NamedTuple):
     batch: Shifted
     router_use: list[Float[Array, "repeats M"]]
     """Choices per mixture in the pattern."""
+    memory_use: tuple[Float[Array, "repeats M"], ...] = ()
+    """Weight that was read of every slot, per memory in the pattern."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Evaluation:
     router_use: list[list[float]]
     """Per mixture-of-memories layer, the share of choices that went to each memory."""
     router_layers: list[int]
+    memory_use: MemoryUse = MemoryUse()
 
 
 def make_eval_step(config: DecoderConfig) -> Callable[[nnx.State, Shifted], EvalStep]:
@@ -50,10 +56,11 @@ def make_eval_step(config: DecoderConfig) -> Callable[[nnx.State, Shifted], Eval
     def step(params, batch: Shifted):
         model = merge(config, params)
         batch = jax.tree.map(lambda x: constrain(x, "batch", "time"), batch)
-        hidden, state = model(batch.tokens, segment_ids=batch.segment_ids)
+        hidden, state, uses = model.with_memory_use(batch.tokens, segment_ids=batch.segment_ids)
         nats = token_nats(hidden, model.head, batch.targets, vocab_size=config.vocab_size)
         whole = jax.tree.map(lambda x: constrain(x, None, None), (nats, batch))
-        return EvalStep(*whole, [use.chosen.sum(axis=1) for _, use in router_use(state)])
+        memory_use = tuple(use for use in uses if use is not None)
+        return EvalStep(*whole, [use.chosen.sum(axis=1) for _, use in router_use(state)], memory_use)
 
     return step
 
@@ -65,22 +72,24 @@ def evaluate(
     config: DecoderConfig,
     place: Callable[[np.ndarray], Array],
 ) -> Evaluation:
-    """Runs `step(batch)` over all batches and sums up on the host, in fp64.
+    """Runs `step(batch)` over all batches and sums up on the host, in fp64; the use of memories where it is, in fp32.
 
     Args:
       token_bytes: bytes of text that each token stands for.
       place: puts a host array where the step wants it.
     """
-    nats, text, tokens, use = None, None, 0, None
+    nats, text, tokens, read, use, slots = None, None, 0, 0, None, None
     for batch in batches:
-        found = jax.device_get(step(jax.tree.map(place, shifted(batch))))
+        found = step(jax.tree.map(place, shifted(batch)))
+        slots = found.memory_use if slots is None else _add(slots, found.memory_use)
+        found = jax.device_get(found._replace(memory_use=()))
         targets, counts = found.batch.targets, found.batch.counts
         position = _positions(found.batch.segment_ids)[counts]
         if nats is None:
             nats, text = np.zeros(targets.shape[1]), np.zeros(targets.shape[1])
         np.add.at(nats, position, found.nats.astype(np.float64)[counts])
         np.add.at(text, position, token_bytes[targets[counts]])
-        tokens += int(counts.sum())
+        tokens, read = tokens + int(counts.sum()), read + int((found.batch.segment_ids != 0).sum())
         seen = [chosen.astype(np.float64) for chosen in found.router_use]
         use = seen if use is None else [a + b for a, b in zip(use, seen, strict=True)]
     if nats is None or not text.sum():
@@ -100,7 +109,13 @@ def evaluate(
         position_edges=edges,
         router_use=shares,
         router_layers=layers,
+        memory_use=memory_use(slots, config, read),
     )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(slots: PyTree, more: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, slots, more)
 
 
 def _positions(segments: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:

@@ -116,7 +116,7 @@ def _read_run(run_dir: Path) -> Run:
 
 
 def _page(run: Run) -> str:
-    from jaxmem.training import plots
+    from jaxmem.training import memory_plots, plots
 
     charts = {
         "comparison with compressors": plots.compressors(run.bits_per_byte, run.compression),
@@ -124,6 +124,8 @@ def _page(run: Run) -> str:
         "held-out bits per byte over training": plots.held_out(run.evals, run.compression),
         "bits per byte by position": plots.by_position(run.evals),
         "router use": plots.router_use(run.evals),
+        "memory use": memory_plots.memory_use(run.evals),
+        "memory slots by rank": memory_plots.slots_by_rank(run.evals),
         "gradient norm": plots.gradient_norm(run.train),
         "time per step": plots.step_time(run.train),
     }

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from jaxmem.layers.memory import MemoryConfig
-from jaxmem.layers.memory_usage import divergence_from_uniform, share_used, slot_weights
+from jaxmem.layers.memory_usage import divergence_from_uniform, share_used, slot_weights, weights_by_rank
 from jaxmem.layers.product_keys import ProductKeysConfig
+from jaxmem.layers.word_experts import WordExpertsConfig
 from jaxmem.sharding import MeshConfig, constrain, make_mesh, use_mesh
 
 B, T, H, K, M = 8, 6, 2, 3, 25
@@ -62,3 +63,26 @@ def test_of_a_layer():
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     z = slot_weights(ids, weights, 25)
     assert share_used(z) == len(np.unique(ids)) / 25
+
+
+def test_weights_count_without_sign_and_no_slot_not_at_all():
+    ids, weights = jnp.array([[[[0, 1], [-1, 1]]]]), jnp.array([[[[-2.0, 1.0], [5.0, -1.0]]]])
+    np.testing.assert_array_equal(slot_weights(ids, weights, 3), [2, 2, 0])
+
+
+def test_weights_by_rank_by_hand():
+    z = jnp.array([[1.0, 5.0, 0.0, 2.0], [3.0, 3.0, 3.0, 3.0]])
+    np.testing.assert_array_equal(weights_by_rank(z, (1, 2, 4)), [[2.5, 1, 0], [1, 1, 1]])
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, seq=2, model=2)], ids=["one device", "data seq model"])
+def test_word_experts_count_their_tokens(mesh):
+    layer = WordExpertsConfig(n_experts=4, d_expert=3, routing=(3, 1, 1, 0, 2, 3)).make(8, rngs=nnx.Rngs(0))
+    words = np.random.default_rng(0).integers(-1, 8, (B, T))
+    real = np.random.default_rng(1).random((B, T)) < 0.7
+    x = np.zeros((B, T, 8), np.float32)
+    with use_mesh(mesh and make_mesh(mesh)):
+        place = lambda a: constrain(jnp.asarray(a), *("batch", "time", None)[: a.ndim])
+        got = jax.jit(lambda *a: layer.use(*a))(*map(place, (x, words, real)))
+    routed = np.array([3, 1, 1, 0, 2, 3, -1, -1])[words]
+    np.testing.assert_array_equal(got, [np.sum(real & (words >= 0) & (routed == expert)) for expert in range(4)])

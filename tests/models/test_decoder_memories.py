@@ -13,7 +13,7 @@ from jaxmem.config import from_json, to_json
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.product_keys import ProductKeysConfig
-from jaxmem.layers.word_experts import WordExpertsConfig
+from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
 from jaxmem.models.accounting import account, count_parameters
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, constrain, make_mesh, use_mesh
@@ -248,3 +248,39 @@ def test_errors():
         ValueError, match=r"needs word experts with a routing of every token, got 4 entries for vocab_size=64; add"
     ):
         config(dataclasses.replace(OWN_WORDS, routing=(0, 1, 2, 3)), None)
+
+
+@pytest.mark.parametrize("memories", [(OWN, None), (SHARED, OWN_WORDS)], ids=["own", "shared, words"])
+def test_the_use_of_memories_is_that_of_their_choices_without_padding(memories):
+    c = config(*memories)
+    model, tokens = make(c), draw_tokens(0)
+    x, _, uses = jax.jit(lambda model: model.with_memory_use(tokens, segment_ids=PADDED))(model)
+
+    @jax.jit
+    def choices(model):
+        x, chosen = model.embedding(tokens), []
+        for repeat in range(c.repeats):
+            for stack in model.blocks:
+                block = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], stack)
+                x = x + block.mixer(block.mixer_norm(x), segment_ids=PADDED)[0]
+                h = block.ffn_norm(x)
+                x = x + (0 if block.ffn is None else block.ffn(h))
+                if isinstance(block.memory, WordExperts):
+                    chosen.append((block.memory.experts(tokens)[..., None], jnp.ones((*tokens.shape, 1))))
+                    x = x + block.memory(h, tokens)
+                elif block.memory is not None:
+                    chosen.append(block.memory.choose(h))
+                    x = x + block.memory(h, model.table if block.memory.config.shared_table else None)
+        return model.norm(x), chosen
+
+    again, chosen = choices(model)
+    assert_close(x, again)
+    assert_close(x, jax.jit(lambda model: model(tokens, segment_ids=PADDED)[0])(model))
+    places = [place for place, memory in enumerate(memories) if memory is not None]
+    assert [use is not None for use in uses] == [place in places for place in range(len(memories))]
+    real, kept = np.asarray(PADDED) != 0, iter(chosen)
+    for repeat in range(c.repeats):
+        for place in places:
+            want = np.zeros(uses[place].shape[1])
+            np.add.at(want, *(np.asarray(a)[real].reshape(-1) for a in next(kept)))
+            np.testing.assert_allclose(uses[place][repeat], want, rtol=1e-4, atol=1e-6)

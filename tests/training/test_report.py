@@ -1,5 +1,6 @@
 """The report of a realistic run, of a run without this or that, and of hostile text."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from jaxmem.evals.compression import compress_sizes
+from jaxmem.training.memory_plots import memory_use, slots_by_rank
+from jaxmem.training.memory_use import MemoryUse
 from jaxmem.training.metrics import MetricsWriter, read_metrics
 from jaxmem.training.report import write_report
 
@@ -26,6 +29,23 @@ def zipf_text(n_words=8000, n_different=3000, seed=0):
 
 
 TEXT = zipf_text()
+
+
+def memory_use_at(step, layers=("1", "3", "shared"), n_slots=10_000):
+    """Memories that spread out: slot m is read (m + 1)^-a times, less steeply from step to step."""
+    ranks, n = [1, 10, 100, 1000, n_slots], len(layers)
+    weights = np.arange(1, n_slots + 1) ** -(0.5 + 100 / step)
+    weights[-n_slots // (1 + step // 200) :] = 0
+    p = weights[weights > 0] / weights.sum()
+    return MemoryUse(
+        layers=list(layers),
+        n_slots=n * [n_slots],
+        share_used=[float(np.mean(weights > 0)) * (i + 1) / n for i in range(n)],
+        share_within_reach=n * [0.9],
+        kl_from_uniform=[math.log(n_slots) + float(np.sum(p * np.log(p))) + 0.1 * i for i in range(n)],
+        ranks=n * [ranks],
+        weight_at_rank=n * [(weights[np.array(ranks) - 1] / weights.mean()).tolist()],
+    )
 
 
 def write_run(run_dir, n_steps=2000, eval_every=200, with_final=True, **final):
@@ -61,6 +81,7 @@ def write_run(run_dir, n_steps=2000, eval_every=200, with_final=True, **final):
                     position_edges=edges,
                     router_use=tilt,
                     router_layers=LAYERS,
+                    memory_use=memory_use_at(step),
                     n_bytes=len(TEXT),
                 )
         if with_final:
@@ -99,7 +120,7 @@ def svgs(page):
 
 
 def test_all_figures_are_there_and_well_formed(page):
-    assert len(svgs(page)) == 7
+    assert len(svgs(page)) == 9
     assert "Not shown" not in page
     for svg in svgs(page):
         ET.fromstring(svg)
@@ -119,6 +140,40 @@ def test_drawings_take_every_colour_from_the_page(page):
 def test_ids_of_different_figures_do_not_collide(page):
     ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in svgs(page)]
     assert sum(map(len, ids)) == len(set().union(*ids))
+
+
+def test_the_figures_of_memories_name_axes_units_and_layers(page):
+    over_steps, by_rank = (svg for svg in svgs(page) if "shared table" in svg)
+    for svg in (over_steps, by_rank):
+        assert all(f">{name}<" in svg for name in ("layer 1", "layer 3", "shared table"))
+    for text in ("share of slots used", "KL from uniform (nats)", "step"):
+        assert f">{text}<" in over_steps
+    for text in ("slot, by rank of use (1 is the most used)", "weight read, relative to the mean slot", "even use"):
+        assert f">{text}<" in by_rank
+    assert "So few reads reach at most 90% of the slots of a layer." in page
+
+
+def memory_lines(*steps, **options):
+    plain = json.loads(json.dumps(dataclasses.asdict(memory_use_at(400, **options))))
+    return [{"step": step, "n_tokens": 1000, "memory_use": plain} for step in steps]
+
+
+@pytest.mark.parametrize("n_layers", [1, 13])
+@pytest.mark.parametrize("steps", [(100,), (100, 200)])
+def test_memories_have_figures_whatever_their_number(steps, n_layers):
+    lines = memory_lines(*steps, layers=[str(i) for i in range(n_layers)])
+    lines[-1]["memory_use"]["kl_from_uniform"][0] = math.nan
+    lines[-1]["memory_use"]["weight_at_rank"][0] = 5 * [math.nan]
+    ET.fromstring(memory_use(lines).svg)
+    by_rank = slots_by_rank(lines)
+    assert by_rank is None if n_layers == 1 else "layer 12" in by_rank.svg
+
+
+def test_an_evaluation_of_more_text_is_drawn_apart():
+    lines = memory_lines(100, 200)
+    assert "Hollow" not in memory_use(lines).caption
+    lines[-1]["n_tokens"] = 5000
+    assert "Hollow: the last evaluation, 5 times as much text." in memory_use(lines).caption
 
 
 def test_the_summary_compares_with_the_compressors(page, run_dir):
@@ -150,7 +205,7 @@ def test_a_killed_run_has_a_report(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "After 400 steps of a run that has not ended the model needs" in page
     assert "Not shown, for lack of numbers: comparison with compressors." in page
-    assert len(svgs(page)) == 6
+    assert len(svgs(page)) == 8
 
 
 def test_an_empty_run_has_a_report(tmp_path):
