@@ -27,6 +27,8 @@ class TrainConfig:
     """Parts of a batch whose gradients are added up before an update; divides the batch."""
     load_balance: float = 0.01
     """Weight of the routers' load-balancing loss."""
+    core_rank_penalty: float = 0.0
+    """Weight of what keeps the Tucker cores of UltraMem's keys near rank 1 (`tucker_keys.rank_penalty`)."""
     z_loss: float = 0.0
     """Weight of the squared log-partition of the output."""
     eval_every_steps: int = 500

@@ -2,8 +2,8 @@
 
 A batch has A parts of [B, T] tokens, whose gradients are added up. The target at t is the token at t+1 of the same segment;
 the loss is the mean over targets of the whole batch, however it is split into parts or devices, plus the load-balancing loss
-of the routers (mean over parts). No array of a step is as long as the sequence where devices share that, and none is as large
-as a memory table but tables and their moments, if these are updated by rows.
+of the routers (mean over parts) and what keeps Tucker cores near rank 1. No array of a step is as long as the sequence where
+devices share that, and none is as large as a memory table but tables and their moments, if these are updated by rows.
 
 If the loss, a gradient or an update is not finite, the state comes back as it was and `metrics.finite` is False.
 """
@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxmem.layers.cross_entropy import chunked_cross_entropy
 from jaxmem.layers.mixture_of_memories import MixtureState, load_balancing_loss
+from jaxmem.layers.tucker_keys import rank_penalty
 from jaxmem.models.decoder import Decoder, DecoderConfig
 from jaxmem.sharding import constrain
 from jaxmem.training.data import Batch
@@ -114,6 +115,8 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
         )
         balance = balance_loss(config.model, state)
         loss = sums.loss_sum / n_targets + config.load_balance * balance / config.accumulate
+        if config.core_rank_penalty:
+            loss += config.core_rank_penalty * core_penalty(model) / config.accumulate
         return loss, (sums.nats_sum, balance / config.accumulate)
 
     def step(state: TrainState, batch: Shifted) -> tuple[TrainState, StepMetrics]:
@@ -166,6 +169,12 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
 def router_use(state: PyTree) -> list[tuple[int, PyTree]]:
     """(place in the pattern, use of the routers [repeats, B, M]) of every mixture of memories in a decoder's state."""
     return [(place, layer.router) for place, layer in enumerate(state) if isinstance(layer, MixtureState)]
+
+
+def core_penalty(model: Decoder) -> Float[Array, ""]:
+    """`rank_penalty` of the keys that have a core, mean over the places of the pattern; 0 without any."""
+    cores = [block.memory.keys.core for block in model.blocks if hasattr(getattr(block.memory, "keys", None), "core")]
+    return sum((rank_penalty(core[...]) for core in cores), jnp.zeros(())) / max(len(cores), 1)
 
 
 def balance_loss(config: DecoderConfig, state: PyTree) -> Float[Array, ""]:

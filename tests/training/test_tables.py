@@ -12,6 +12,7 @@ from steps import as_batch, assert_close, fresh, make_batch
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.product_keys import ProductKeysConfig
+from jaxmem.layers.tucker_keys import TuckerKeysConfig
 from jaxmem.layers.word_experts import WordExpertsConfig
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
@@ -148,3 +149,16 @@ def test_a_step_needs_memory_for_rows_and_not_for_tables():
     grown = temporary_bytes("lazy", 2**16) - temporary_bytes("lazy", 2**8)
     assert grown < table_bytes, grown  # scores of 256 sub-keys instead of 16 are what grows
     assert temporary_bytes("dense", 2**16) - temporary_bytes("lazy", 2**16) > n_tables * table_bytes
+
+
+@pytest.mark.slow
+def test_the_penalty_of_tucker_cores_is_a_part_of_the_loss():
+    """Its gradient reaches the core, and nothing else of a step without it changes."""
+    keys = TuckerKeysConfig(n_slots=16, n_heads=2, top_k=2, key_dim=8)
+    config = experiment((MemoryConfig(keys, score="linear"), None))
+    cores = lambda state: np.asarray(state.params["blocks"][0]["memory"]["keys"]["core"][...])
+    free, _ = run(config, 1)
+    held, _ = run(dataclasses.replace(config, core_rank_penalty=10.0), 1)
+    assert np.any(cores(free) != cores(held))
+    same = lambda state: np.asarray(state.params["blocks"][0]["memory"]["table"]["values"][...])
+    np.testing.assert_array_equal(same(free), same(held))
