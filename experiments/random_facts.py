@@ -1,6 +1,6 @@
 """Do memories store more than feed-forwards that cost as much? Random facts, learned by heart.
 
-    python experiments/random_facts.py                  # about 6 minutes on two CPU cores
+    python experiments/random_facts.py                  # 6 to 8 minutes on two CPU cores
     python experiments/random_facts.py --quick          # some seconds, to see that it runs
 
 A fact is a subject of two bytes and a random byte: 8 bits that follow from nothing, so that a model's cross-entropy says how
@@ -12,7 +12,16 @@ facts.
 
 Writes facts.png, facts.json and facts.md to `out`.
 
-Results: see docs/memory.md, "What it is for".
+Results (two x86-64 cores, Python 3.11.7, jax 0.10.2, 7 min 46 s beside other work, means of two seeds; the feed-forward took
+104 s and the memory 344 s, since sorting and scattering are no FLOPs):
+
+    facts     bits      feed-forward stored, per parameter read     memory stored, per parameter read
+     2,048    16,384         16,382    0.71                               16,380    0.71
+     8,192    65,536         36,072    1.56                               65,475    2.82
+    16,384   131,072         29,033    1.25                              127,064    5.47
+    32,768   262,144         20,391    0.88                              108,122    4.65
+
+The most that either stored in these steps is 36 and 127 thousand bits. Both fall where facts are met too rarely.
 """
 
 import dataclasses
@@ -211,12 +220,15 @@ def draw_plot(found: dict, path: Path) -> None:
         axes.set_xticks(there, [f"{n / 1000:.0f}k" for n in there])
         axes.set(xlabel="bits in the facts", ylabel=title)
         axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=0)
-    left.legend(fontsize=8, loc="upper left")
-    right.legend(fontsize=8, loc="upper left")
-    ratio = mean_bits(found, "memory")[max(sizes)] / max(mean_bits(found, "feed-forward")[max(sizes)], 1e-9)
-    figure.suptitle(f"At equal compute a memory stores {ratio:.1f} times the random facts of a feed-forward")
-    figure.savefig(path, dpi=150)
+    left.set_yscale("log", base=2)
+    ticks = [2**power for power in range(10, 21) if min(there) / 2 <= 2**power <= 2 * max(there)]
+    left.set_yticks(ticks, [f"{tick / 1000:.0f}k" for tick in ticks])
+    left.set_ylim(min(there) / 1.5, max(there) * 1.5)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    most = {name: max(mean_bits(found, name).values()) for name in found["models"]}
+    ratio = most["memory"] / max(most["feed-forward"], 1e-9)
+    figure.suptitle(f"At equal compute a memory stores {ratio:.1f} times as many random bits as a feed-forward")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
