@@ -23,6 +23,8 @@ from jaxmem.training.run import load_run
 from jaxmem.training.step import init_state
 from jaxmem.training.table_checkpoints import TableCheckpoints
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).with_name("tiny_memory.py")
 CONFIG = load_experiment(TINY)
 KILLS = int(os.environ.get("JAXMEM_KILLS", "3"))
@@ -130,7 +132,6 @@ def test_errors(runs):
         load_run(run_dir)
 
 
-@pytest.mark.slow
 def test_kill_9_loses_no_row(work):
     """In turn while tables are written, between them and their checkpoint, and at any moment; on one device."""
     names = ("JAX_", "XLA_", "TF_")
