@@ -60,6 +60,18 @@ def all_of(implementation, values, ids, weights, y):
     return [(f(values, weights, y), first(f, values, weights, y), second(f, values, weights, y)) for f in functions]
 
 
+def test_reads_and_the_gradient_of_weights_are_the_equations(implementation):
+    def run(name):
+        def both(values, ids, weights, y):
+            read, pull = jax.vjp(lambda weights: bag(values, ids, weights, implementation=name), weights)
+            return read, pull(y)
+
+        return jax.jit(both)(*draw())
+
+    assert_close(run(implementation), run("reference"))
+
+
+@pytest.mark.slow
 def test_all_and_their_gradients_are_the_equations(implementation):
     values, ids, weights, y = draw()
     run = lambda name: jax.jit(functools.partial(all_of, name))(values, ids, weights, y)

@@ -199,7 +199,7 @@ def test_a_run_goes_on_elsewhere(elsewhere, config, whole, killed_after, monkeyp
         other = dataclasses.replace(config, mesh=elsewhere)
         mesh = make_mesh(other.mesh)
     with use_mesh(mesh), CheckpointStore(run_dir / "checkpoints", other.checkpoint, to_json(other)) as store:
-        state, _, _ = loop._Run(other, load_tokenizer("bytes"), mesh).start(store)
+        state, _, _ = loop._Run(other, load_tokenizer("bytes"), mesh, run_dir).start(store)
     devices = {len(leaf.devices()) for leaf in jax.tree.leaves(state)}
     assert devices == {1 if mesh is None else 8}
     saved = load_checkpoint(whole / "checkpoints", abstract(config), 6).tree

@@ -120,6 +120,7 @@ MEMORIES = {"product keys": (few(OWN), few(SHARED)), "words": (WordExpertsConfig
         pytest.param(name, kind, marks=() if (name, kind) == ("rows", "product keys") else pytest.mark.slow)
         for name in MESHES
         for kind in MEMORIES
+        if kind == "product keys" or name in ("rows", "rows over model")
     ],
 )
 def test_sharded_equals_unsharded(name, memories):
