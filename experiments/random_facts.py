@@ -155,11 +155,12 @@ def _compiled(config: TrainConfig) -> Callable[..., tuple[Array, Array]]:
 
 def experiment(o: Options) -> dict:
     """Every model at every size."""
-    results = []
+    results, trials = [], []
     for name, model in models().items():
         cost = account(model, N_TOKENS)
         most, began = max(o.facts), time.perf_counter()
         tried = {rates: learn(model, most, rates, 0, o) for rates in o.learning_rates}
+        trials += [{"model": name, "learning_rates": rates, "bits": bits} for rates, bits in tried.items()]
         best = max(tried, key=tried.__getitem__)
         for n, seed in itertools.product(o.facts, range(o.seeds)):
             bits = tried[best] if (n, seed) == (most, 0) else learn(model, n, best, seed, o)
@@ -172,7 +173,7 @@ def experiment(o: Options) -> dict:
         for name, c in costs.items()
     }
     where = f"{platform.machine()}, Python {platform.python_version()}, jax {version('jax')}"
-    return {"options": dataclasses.asdict(o), "where": where, "models": about, "results": results}
+    return {"options": dataclasses.asdict(o), "where": where, "models": about, "tried": trials, "results": results}
 
 
 def mean_bits(found: dict, name: str) -> dict[int, float]:
@@ -227,7 +228,8 @@ def draw_plot(found: dict, path: Path) -> None:
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     most = {name: max(mean_bits(found, name).values()) for name in found["models"]}
     ratio = most["memory"] / max(most["feed-forward"], 1e-9)
-    figure.suptitle(f"At equal compute a memory stores {ratio:.1f} times as many random bits as a feed-forward")
+    steps = f"{found['options']['steps']:,} steps of equal compute"
+    figure.suptitle(f"In {steps} a memory stores at most {ratio:.1f} times what a feed-forward does")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

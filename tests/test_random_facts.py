@@ -1,6 +1,7 @@
 """The experiment of random facts: what it counts, and that its models cost the same."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -56,7 +57,20 @@ def test_table_and_plot(experiment, tmp_path):
         for n in (64, 128)
         for seed in (0, 2)
     ]
-    found = {"options": {"facts": [64, 128]}, "models": models, "results": results}
+    found = {"options": {"facts": [64, 128], "steps": 20}, "models": models, "results": results}
     assert experiment.as_markdown(found).splitlines()[2] == "| 64 | 512 | 501 | 0.50 | 1,001 | 1.00 |"
     experiment.draw_plot(found, tmp_path / "facts.png")
     assert (tmp_path / "facts.png").stat().st_size > 10_000
+
+
+def test_a_run_writes_its_files_and_takes_the_better_rates(experiment, tmp_path, monkeypatch):
+    learn = lambda model, n, rates, seed, o: 4.0 * n + 100 * rates[1] + seed
+    monkeypatch.setattr(experiment, "learn", learn)
+    rates = ((0.01, 0.01), (0.003, 0.03))
+    experiment.main(experiment.Options(facts=(64, 128), learning_rates=rates, out=str(tmp_path / "run")))
+    found = json.loads((tmp_path / "run" / "facts.json").read_text())
+    assert all(result["learning_rates"] == [0.003, 0.03] for result in found["results"])
+    assert [trial["bits"] for trial in found["tried"]] == [513, 515] * 2
+    assert len(found["results"]) == 2 * 2 * 2
+    assert (tmp_path / "run" / "facts.md").read_text() == experiment.as_markdown(found)
+    assert (tmp_path / "run" / "facts.png").stat().st_size > 10_000
