@@ -19,7 +19,15 @@ from jaxmem.typing import Array, DTypeLike, Initializer, PyTree
 def param(
     rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike = jnp.float32
 ) -> nnx.Param:
-    """A parameter of the given shape whose dimensions are named `axes`, sharded from its birth under a mesh."""
+    """A parameter of the given shape whose dimensions are named `axes`, sharded from its birth under a mesh.
+
+    Raises: ValueError for rngs that are no nnx.Rngs with a stream for parameters.
+    """
+    if not isinstance(rngs, nnx.Rngs) or not ("params" in rngs or "default" in rngs):
+        got = f"rngs={rngs!r}" if isinstance(rngs, int | nnx.Rngs) else f"rngs of type {type(rngs).__name__}"
+        raise ValueError(
+            f"param: needs rngs to be an nnx.Rngs, from which parameters are drawn, got {got}; pass nnx.Rngs(0)"
+        )
     if len(shape) != len(axes):
         raise ValueError(f"param: needs one logical axis per dimension, got shape={shape} and axes={tuple(axes)}")
     value = init(rngs.params(), shape, jnp.dtype(dtype))
