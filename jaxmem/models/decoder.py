@@ -233,9 +233,10 @@ class Decoder(nnx.Module):
                 require_per_token("Decoder", name, array, tokens.shape)
         if segment_ids is not None:
             require_padding_behind("Decoder", segment_ids)
-        if state is not None and (type(state) is not tuple or len(state) != len(self.blocks)):
+        n = len(self.blocks)
+        if state is not None and (type(state) is not tuple or len(state) != n):
             raise ValueError(
-                f"Decoder: needs a state with one entry per mixer of the pattern, {len(self.blocks)}, got state {said(state)}; "
+                f"Decoder: needs a state with one entry per mixer of the pattern, {n}, got state {said(state)}; "
                 "pass what init_state or a call of this decoder returned, and segment_ids and positions by name"
             )
 
