@@ -196,12 +196,12 @@ class Decoder(nnx.Module):
         self._require_call(tokens, state, segment_ids, positions)
         if not tokens.size:
             return self._of_nothing(tokens, state, with_use)
-        if segment_ids is not None:  # what stands in padding is no token
-            tokens = jnp.where(segment_ids == 0, 0, tokens)
         layout = current_rules().layout
         tokens, segment_ids, positions = (
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
+        if segment_ids is not None:  # what stands in padding is no token
+            tokens = jnp.where(segment_ids == 0, 0, tokens)
         documents = {"segment_ids": segment_ids, "positions": positions}
         if state is None:  # once, and not in every layer
             documents["read"] = advance(init_cursor(tokens.shape[0]), segment_ids, tokens.shape[1])
