@@ -200,8 +200,9 @@ class Decoder(nnx.Module):
         tokens, segment_ids, positions = (
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
-        if segment_ids is not None:  # what stands in padding is no token
-            tokens = jnp.where(segment_ids == 0, 0, tokens)
+        if segment_ids is not None:  # what stands in padding need not be a token
+            none = (tokens < 0) | (tokens >= self.config.vocab_size)
+            tokens = jnp.where(none & (segment_ids == 0), 0, tokens)
         documents = {"segment_ids": segment_ids, "positions": positions}
         if state is None:  # once, and not in every layer
             documents["read"] = advance(init_cursor(tokens.shape[0]), segment_ids, tokens.shape[1])
@@ -224,7 +225,7 @@ class Decoder(nnx.Module):
         return self.norm(restore(x, layout, "batch", "time", "embed")), states, uses
 
     def _require_call(self, tokens, state, segment_ids, positions) -> None:
-        if jnp.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        if len(getattr(tokens, "shape", ())) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"Decoder: needs tokens [B T] of integers, got tokens {said(tokens)}; pass token ids, one row per sequence"
             )
