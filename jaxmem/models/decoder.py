@@ -167,8 +167,11 @@ class Decoder(nnx.Module):
     def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike | None = None) -> PyTree:
         """The empty state of `batch` rows; see `Mixer.init_state`."""
         dtype = self.config.dtype if dtype is None else dtype
-        empty = lambda block: block.mixer.init_state(batch, capacity=capacity, dtype=dtype)
-        return tuple(jax.vmap(lambda _, b=block: empty(b))(jnp.arange(self.config.repeats)) for block in self.blocks)
+        return self._empty(lambda mixer: mixer.init_state(batch, capacity=capacity, dtype=dtype))
+
+    def _empty(self, of_mixer: Callable[[Mixer], PyTree]) -> PyTree:
+        layers = jnp.arange(self.config.repeats)
+        return tuple(jax.vmap(lambda _, b=block: of_mixer(b.mixer))(layers) for block in self.blocks)
 
     def __call__(
         self,
@@ -245,7 +248,9 @@ class Decoder(nnx.Module):
         """Of no tokens or no rows: hidden vectors of that shape, the state as it was, no use of memories."""
         batch, n_tokens = tokens.shape
         if state is None:
-            state = self.init_state(batch, capacity=max(n_tokens, 1))
+            n = max(n_tokens, 1)
+            capacity = lambda mixer: mixer.capacity_for(n) if isinstance(mixer, SequenceMixer) else n
+            state = self._empty(lambda m: m.init_state(batch, capacity=capacity(m), dtype=self.config.dtype))
         like = jax.eval_shape(lambda: self._run(jnp.zeros((1, 1), jnp.int32), None, None, None, with_use)[2])
         hidden = jnp.zeros((batch, n_tokens, self.config.d_model), self.config.dtype)
         return hidden, state, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
