@@ -25,6 +25,7 @@ from flax import nnx
 
 from jaxmem.algebra.softmax import combine
 from jaxmem.devices import kind_of_device
+from jaxmem.fields import Count, Positive, checked
 from jaxmem.layers.mixer import Cursor, Tokens, advance, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
@@ -39,17 +40,18 @@ from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class AttentionConfig:
     """Causal softmax attention."""
 
-    n_heads: int
-    n_kv_heads: int | None = None
+    n_heads: Count
+    n_kv_heads: Count | None = None
     """Heads of keys and values, each shared by n_heads / n_kv_heads query heads; None is n_heads."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Width of q, k and v per head; None is d_model / n_heads."""
-    window: int | None = None
+    window: Count | None = None
     """Tokens a token sees, itself included; None is all before it."""
-    rope_theta: float | None = 10_000.0
+    rope_theta: Positive | None = 10_000.0
     """Base of the rotary wavelengths; None is no rotary embedding."""
     qk_norm: bool = False
     """RMSNorm of every head of q and k before the rotary embedding."""
@@ -59,13 +61,11 @@ class AttentionConfig:
     """How keys come from other devices where the sequence is split; None is what `choose_scheme` says."""
 
     def __post_init__(self):
-        if self.n_heads < 1 or self.n_heads % self.kv_heads:
+        if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"attention: needs n_heads divisible by n_kv_heads, got n_heads={self.n_heads}, "
                 f"n_kv_heads={self.n_kv_heads}; change one of them"
             )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"attention: needs window >= 1, got window={self.window}; None is full attention")
 
     @property
     def kv_heads(self) -> int:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConfig, in_full
 from jaxmem.recurrences import elementwise
@@ -27,10 +28,10 @@ from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 class GriffinConfig(RecurrentConfig):
     """Heads share nothing but the projections; the gates of a channel see the channels of its head."""
 
-    n_heads: int = 8
-    head_dim: int = 128
-    convolution_width: int = 4
-    chunk_tokens: int = 32
+    n_heads: Count = 8
+    head_dim: Count = 128
+    convolution_width: Natural = 4
+    chunk_tokens: Count = 32
 
     is_elementwise: ClassVar[bool] = True
 

@@ -29,6 +29,7 @@ from flax import nnx
 
 from jaxmem.algebra import suffix
 from jaxmem.algebra.suffix import Suffix
+from jaxmem.fields import Count, checked
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.packing import Packing, pack, pack_by_memory, unpack
@@ -52,14 +53,15 @@ from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MixtureOfMemoriesConfig:
     """The mixture of memories of the paper; the defaults are its published models'."""
 
     inner: RecurrentConfig = GatedDeltaNetConfig()
     """The recurrence of every memory."""
-    n_memories: int = 4
+    n_memories: Count = 4
     """Memories to choose from, the shared one not counted."""
-    top_k: int = 2
+    top_k: Count = 2
     """Memories chosen per token."""
     shared_memory: bool = True
     """One more memory that sees every token."""
@@ -67,9 +69,9 @@ class MixtureOfMemoriesConfig:
     """One key, value, decay and write-strength projection for all memories, instead of one each."""
 
     def __post_init__(self):
-        if not 1 <= self.top_k <= self.n_memories:
+        if self.top_k > self.n_memories:
             raise ValueError(
-                "MixtureOfMemoriesConfig: needs 1 <= top_k <= n_memories, "
+                "MixtureOfMemoriesConfig: needs top_k <= n_memories, "
                 f"got top_k={self.top_k} of n_memories={self.n_memories}; choose fewer or have more memories"
             )
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural, Positive, check_fields
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
@@ -84,6 +85,7 @@ class RecurrentConfig(abc.ABC):
     """Whether every number of the state decays on its own, for counting FLOPs."""
 
     def __post_init__(self):
+        check_fields(self)
         require_chunk(type(self).__name__, self.chunk_tokens)
         if self.convolution_width:
             require_history(type(self).__name__, self.convolution_width)
@@ -141,17 +143,17 @@ class RecurrentConfig(abc.ABC):
 class HeadsConfig(RecurrentConfig):
     """A recurrence of H heads with queries and keys of width K and values of width V."""
 
-    n_heads: int = 4
-    key_dim: int = 256
+    n_heads: Count = 4
+    key_dim: Count = 256
     """Per head."""
-    value_dim: int = 256
+    value_dim: Count = 256
     """Per head."""
-    n_key_heads: int | None = None
+    n_key_heads: Count | None = None
     """Heads of q and k, each serving n_heads / n_key_heads of v; None: as many."""
-    convolution_width: int = 4
+    convolution_width: Natural = 4
     """Of the filters of q, k and v; 0: none."""
-    chunk_tokens: int = 32
-    norm_eps: float = 1e-6
+    chunk_tokens: Count = 32
+    norm_eps: Positive = 1e-6
 
     def __post_init__(self):
         super().__post_init__()
