@@ -31,7 +31,7 @@ from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
 from jaxmem.pallas_kernels.flash_attention import Implementation, flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place
-from jaxmem.sharding import current_rules, einsum, local, param
+from jaxmem.sharding import current_rules, einsum, local, matrix, param
 from jaxmem.sharding.attention import Scheme, sharded_attention
 from jaxmem.sharding.attention_scheme import Shape, chip_of, choose_scheme
 from jaxmem.sharding.folds import n_shards, sequence_axis, spread, total
@@ -140,10 +140,10 @@ class Attention(nnx.Module):
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         out_of = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
         shape, kv_shape = (d_model, config.n_heads, self.head_dim), (d_model, config.kv_heads, self.head_dim)
-        self.query = param(rngs, into, shape, ("embed", "heads", "key"))
-        self.key = param(rngs, into, kv_shape, ("embed", "kv_heads", "key"))
-        self.value = param(rngs, into, kv_shape, ("embed", "kv_heads", "value"))
-        self.out = param(rngs, out_of, (*shape[1:], d_model), ("heads", "value", "embed"))
+        self.query = param(rngs, into, shape, ("embed", "heads", "key"), matrix())
+        self.key = param(rngs, into, kv_shape, ("embed", "kv_heads", "key"), matrix())
+        self.value = param(rngs, into, kv_shape, ("embed", "kv_heads", "value"), matrix())
+        self.out = param(rngs, out_of, (*shape[1:], d_model), ("heads", "value", "embed"), matrix(2))
         self.query_norm = RMSNorm(self.head_dim, axes=("key",), rngs=rngs) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, axes=("key",), rngs=rngs) if config.qk_norm else None
 

@@ -35,7 +35,7 @@ from jaxmem.layers.fast_weight_table import Pairs, Rates, Score, read, write
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.product_keys import ProductKeysConfig
-from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding import ROWS, VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.folds import from_last, sequence_axis, spread_like
 from jaxmem.sharding.placement import n_shards_of
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int
@@ -144,15 +144,15 @@ class FastWeightMemory(nnx.Module):
         self.config, self.d_model, half = config, d_model, config.key_dim // 2
         init = jax.nn.initializers.lecun_normal()
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        self.query = param(rngs, into, (d_model, 2, half), ("embed", None, "key"))
-        self.value = param(rngs, init, (d_model, config.value_dim), ("embed", "value"))
-        self.gate = param(rngs, jax.nn.initializers.normal(d_model**-0.5), (d_model,), ("embed",))
-        self.gate_bias = param(rngs, jax.nn.initializers.zeros, (1,), (None,))
+        self.query = param(rngs, into, (d_model, 2, half), ("embed", None, "key"), matrix())
+        self.value = param(rngs, init, (d_model, config.value_dim), ("embed", "value"), matrix())
+        self.gate = param(rngs, jax.nn.initializers.normal(d_model**-0.5), (d_model,), ("embed",), matrix())
+        self.gate_bias = param(rngs, jax.nn.initializers.zeros, (1,), (None,), VECTOR)
         self.query_norm = RMSNorm(config.key_dim, axes=("key",), rngs=rngs)
         normal, shape = jax.nn.initializers.normal(1.0), (2, config.n_sub_keys, half)
-        self.keys = param(rngs, normal, shape, (None, "sub_keys", "key"))
+        self.keys = param(rngs, normal, shape, (None, "sub_keys", "key"), ROWS)
         self.out_norm = RMSNorm(config.value_dim, axes=("value",), rngs=rngs)
-        self.out = param(rngs, init, (config.value_dim, d_model), ("value", "embed"))
+        self.out = param(rngs, init, (config.value_dim, d_model), ("value", "embed"), matrix())
 
     def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32) -> FastWeightState:
         """The empty table; fp32 whatever the dtype."""

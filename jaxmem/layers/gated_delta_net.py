@@ -34,6 +34,7 @@ from jaxmem.layers.recurrent import (
 )
 from jaxmem.recurrences import delta
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR
 from jaxmem.typing import Array
 
 
@@ -73,7 +74,7 @@ class GatedDeltaNetConfig(DeltaNetConfig):
         return super().projections(d_model) | {"decay": self.per_head()}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        heads = (self.n_heads,), ("heads",)
+        heads = (self.n_heads,), ("heads",), VECTOR
         return {"a_log": Parameter(init_a_log(0.0, 16.0), *heads), "dt_bias": Parameter(init_dt_bias, *heads)}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
@@ -124,7 +125,7 @@ class CombaConfig(GatedDeltaNetConfig):
     """
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        one = Parameter(nnx.initializers.ones, (self.key_heads,), ("heads",))
+        one = Parameter(nnx.initializers.ones, (self.key_heads,), ("heads",), VECTOR)
         return super().parameters(d_model) | {"correction": one, "query_correction": one}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:

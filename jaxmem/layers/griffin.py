@@ -20,6 +20,7 @@ from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConf
 from jaxmem.recurrences import elementwise
 from jaxmem.recurrences.products import dot
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR, matrix
 from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 
 
@@ -44,8 +45,8 @@ class GriffinConfig(RecurrentConfig):
     def parameters(self, d_model: int) -> dict[str, Parameter]:
         heads, width = self.n_heads, self.head_dim
         block = nnx.initializers.truncated_normal(width**-0.5)
-        channels = (heads, width), ("heads", "value")
-        blocks = (heads, width, width), ("heads", "key", "value")
+        channels = (heads, width), ("heads", "value"), VECTOR
+        blocks = (heads, width, width), ("heads", "key", "value"), matrix(copies=1)
         zeros = nnx.initializers.zeros
         return {
             "input_bias": Parameter(zeros, *channels),

@@ -22,6 +22,7 @@ from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, init_a_log, init_dt_bias
 from jaxmem.recurrences import delta
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR
 from jaxmem.typing import Array
 
 
@@ -43,8 +44,8 @@ class KimiDeltaAttentionConfig(DeltaNetConfig):
     def parameters(self, d_model: int) -> dict[str, Parameter]:
         init = init_a_log(1.0, 16.0) if self.lower_bound is None else nnx.initializers.zeros
         return {
-            "a_log": Parameter(init, (self.n_heads,), ("heads",)),
-            "dt_bias": Parameter(init_dt_bias, (self.n_heads, self.key_dim), ("heads", "key")),
+            "a_log": Parameter(init, (self.n_heads,), ("heads",), VECTOR),
+            "dt_bias": Parameter(init_dt_bias, (self.n_heads, self.key_dim), ("heads", "key"), VECTOR),
         }
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:

@@ -26,6 +26,7 @@ from jaxmem.layers.recurrent import Arrays, HeadsConfig, Parameter, Projection
 from jaxmem.layers.rotary import rotary
 from jaxmem.recurrences import decay_only
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR
 from jaxmem.typing import Array
 
 GATE_TEMPERATURE = 16.0
@@ -112,7 +113,7 @@ class SimpleGlaConfig(HeadsConfig):
         return super().projections(d_model) | {"decay": self.per_head()}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        return {"decay_bias": Parameter(nnx.initializers.zeros, (self.n_heads,), ("heads",))}
+        return {"decay_bias": Parameter(nnx.initializers.zeros, (self.n_heads,), ("heads",), VECTOR)}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         g = jax.nn.log_sigmoid(x["decay"] + p["decay_bias"]) / GATE_TEMPERATURE
@@ -132,7 +133,7 @@ class GatedLinearAttentionConfig(HeadsConfig):
         return super().projections(d_model) | {"decay": self.per_key(rank=self.gate_rank)}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        return {"decay_bias": Parameter(nnx.initializers.zeros, (self.n_heads, self.key_dim), ("heads", "key"))}
+        return {"decay_bias": Parameter(nnx.initializers.zeros, (self.n_heads, self.key_dim), ("heads", "key"), VECTOR)}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         g = jax.nn.log_sigmoid(x["decay"] + p["decay_bias"]) / GATE_TEMPERATURE

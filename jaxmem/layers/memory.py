@@ -34,7 +34,7 @@ from jaxmem.layers.memory_table import Activation, MemoryTable, TableDtype, tabl
 from jaxmem.layers.memory_usage import slot_weights
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.layers.tucker_keys import TuckerKeysConfig
-from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding import VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.tables import CHOICES, X
 from jaxmem.typing import Array, Bool, Float, Int
 
@@ -151,13 +151,13 @@ class Memory(nnx.Module):
         self.keys = config.keys.make(d_model, rngs=rngs)
         init, zeros = jax.nn.initializers.lecun_normal(), jax.nn.initializers.zeros
         swilu = config.output == "swilu"
-        self.gate = param(rngs, init, (d_model, width), ("embed", "value")) if swilu else None
-        self.gate_bias = param(rngs, zeros, (width,), ("value",)) if swilu else None
+        self.gate = param(rngs, init, (d_model, width), ("embed", "value"), matrix()) if swilu else None
+        self.gate_bias = param(rngs, zeros, (width,), ("value",), VECTOR) if swilu else None
         plain = config.output == "plain"
-        self.out = None if plain else param(rngs, init, (width, d_model), ("value", "embed"))
-        self.out_bias = param(rngs, zeros, (d_model,), ("embed",)) if swilu else None
+        self.out = None if plain else param(rngs, init, (width, d_model), ("value", "embed"), matrix())
+        self.out_bias = param(rngs, zeros, (d_model,), ("embed",), VECTOR) if swilu else None
         normal = jax.nn.initializers.normal(d_model**-0.5)
-        self.token_gate = param(rngs, normal, (d_model,), ("embed",)) if config.gated else None
+        self.token_gate = param(rngs, normal, (d_model,), ("embed",), matrix()) if config.gated else None
         self.table = None if config.shared_table else config.make_table(d_model, rngs=rngs)
         self.reads = nnx.data(None)
         """Where a training step finds what this layer passes back to its table (`jaxmem.layers.table_reads`)."""

@@ -34,7 +34,7 @@ from jaxmem.algebra import topk
 from jaxmem.algebra.topk import TopK
 from jaxmem.fields import Bounds, Count, checked
 from jaxmem.layers.norm import LayerNorm, RMSNorm
-from jaxmem.sharding import einsum, param
+from jaxmem.sharding import ROWS, VECTOR, einsum, matrix, param
 from jaxmem.typing import Array, Float
 
 Norm = Literal["none", "rms", "layer"]
@@ -182,11 +182,13 @@ class ProductKeys(nnx.Module):
         self.config = config
         heads, parts, width = config.n_heads, config.n_parts, config.key_dim // config.n_parts
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
-        self.query = param(rngs, into, (d_model, heads, parts, width), ("embed", "heads", None, "key"))
+        self.query = param(rngs, into, (d_model, heads, parts, width), ("embed", "heads", None, "key"), matrix())
         zeros, bound = jax.nn.initializers.zeros, width**-0.5
-        self.bias = param(rngs, zeros, (heads, parts, width), ("heads", None, "key")) if config.query_bias else None
+        bias = (heads, parts, width), ("heads", None, "key"), VECTOR
+        self.bias = param(rngs, zeros, *bias) if config.query_bias else None
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-        self.keys = param(rngs, uniform, (heads, parts, config.n_sub_keys, width), ("heads", None, "sub_keys", "key"))
+        shape = heads, parts, config.n_sub_keys, width
+        self.keys = param(rngs, uniform, shape, ("heads", None, "sub_keys", "key"), ROWS)
         self.query_norm = make_norm(config.query_norm, width, rngs)
         self.key_norm = make_norm(config.key_norm, width, rngs)
 

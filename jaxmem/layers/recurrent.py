@@ -25,8 +25,9 @@ from jaxmem.layers.short_convolution import init_taps, require_history, short_co
 from jaxmem.recurrences.call import require_chunk
 from jaxmem.recurrences.engine import ELEMENTWISE_FLOPS, recurrence, recurrence_flops
 from jaxmem.recurrences.streams import Documents, Streams
-from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding import VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.folds import spread_like
+from jaxmem.sharding.kinds import Kind
 from jaxmem.sharding.rules import Axes
 from jaxmem.typing import Array, DTypeLike, Float, Initializer, Int, PRNGKeyArray, PyTree, Shaped
 
@@ -63,6 +64,8 @@ class Parameter(NamedTuple):
     init: Initializer
     shape: tuple[int, ...]
     axes: tuple[str, ...]
+    kind: Kind | None = None
+    """What it is, for the optimiser; see `jaxmem.sharding.kinds`."""
 
 
 class RecurrentConfig(abc.ABC):
@@ -214,17 +217,18 @@ class Projections(nnx.Module):
             if spec.is_identity:
                 continue
             lead, lead_axes = ((n_memories,), ("memory",)) if self.is_per_memory(name) else ((), ())
+            linear = matrix(copies=len(lead))
             if spec.shifted:
-                self.mix[name] = param(rngs, nnx.initializers.constant(0.5), (d_model,), ("embed",))
+                self.mix[name] = param(rngs, nnx.initializers.constant(0.5), (d_model,), ("embed",), VECTOR)
             if spec.rank is None:
                 shape, axes = (d_model, *spec.shape), ("embed", *spec.axes)
             else:
-                down = (*lead, d_model, spec.rank), (*lead_axes, "embed", "rank")
+                down = (*lead, d_model, spec.rank), (*lead_axes, "embed", "rank"), linear
                 self.down[name] = param(rngs, normal(d_model), *down)
                 shape, axes = (spec.rank, *spec.shape), ("rank", *spec.axes)
-            self.weight[name] = param(rngs, normal(shape[0]), (*lead, *shape), (*lead_axes, *axes))
+            self.weight[name] = param(rngs, normal(shape[0]), (*lead, *shape), (*lead_axes, *axes), linear)
             if spec.bias:
-                bias = (*lead, *spec.shape), (*lead_axes, *spec.axes)
+                bias = (*lead, *spec.shape), (*lead_axes, *spec.axes), VECTOR
                 self.bias[name] = param(rngs, nnx.initializers.zeros, *bias)
 
     @property
@@ -371,7 +375,7 @@ def make_taps(config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs) -> PyTre
     width = config.convolution_width
     return nnx.Dict(
         {
-            name: param(rngs, init_taps, (width, *spec.shape), ("tap", *spec.axes))
+            name: param(rngs, init_taps, (width, *spec.shape), ("tap", *spec.axes), VECTOR)
             for name, spec in config.projections(d_model).items()
             if spec.convolved and width
         }

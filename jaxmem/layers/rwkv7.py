@@ -24,6 +24,7 @@ from jaxmem.layers.norm import l2_normalize
 from jaxmem.layers.recurrent import Arrays, HeadsConfig, Parameter, Projection
 from jaxmem.recurrences import delta
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR
 from jaxmem.typing import Array
 
 GROUP_NORM_EPS = 64e-5
@@ -55,8 +56,8 @@ class Rwkv7Config(HeadsConfig):
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
         zeros, ones, half = nnx.initializers.zeros, nnx.initializers.ones, nnx.initializers.constant(0.5)
-        keys = (self.n_heads, self.key_dim), ("heads", "key")
-        values = (self.n_heads, self.value_dim), ("heads", "value")
+        keys = (self.n_heads, self.key_dim), ("heads", "key"), VECTOR
+        values = (self.n_heads, self.value_dim), ("heads", "value"), VECTOR
         return {
             "decay_bias": Parameter(nnx.initializers.constant(-2.0), *keys),
             "strength_bias": Parameter(zeros, *keys),

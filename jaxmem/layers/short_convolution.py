@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxmem.fields import Bounds, checked
 from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
-from jaxmem.sharding import constrain, local, param
+from jaxmem.sharding import VECTOR, constrain, local, param
 from jaxmem.sharding.folds import find_end, from_where, halo, is_first, sequence_axis, spread
 from jaxmem.typing import Array, DTypeLike, Float, Int, PRNGKeyArray
 
@@ -118,7 +118,7 @@ class ShortConvolution(nnx.Module):
 
     def __init__(self, config: ShortConvolutionConfig, d_model: int, *, rngs: nnx.Rngs):
         self.config, self.d_model = config, d_model
-        self.weight = param(rngs, init_taps, (config.width, d_model), ("tap", "embed"))
+        self.weight = param(rngs, init_taps, (config.width, d_model), ("tap", "embed"), VECTOR)
 
     def init_state(
         self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32

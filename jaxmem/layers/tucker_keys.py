@@ -38,7 +38,7 @@ from jaxmem.algebra import topk
 from jaxmem.algebra.topk import TopK
 from jaxmem.fields import Count
 from jaxmem.layers.product_keys import Norm, ProductKeysConfig, make_norm
-from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding import ROWS, VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.typing import Array, Float, Int
 
 Search = Literal["square", "signed", "reference"]
@@ -204,12 +204,14 @@ class TuckerKeys(nnx.Module):
         self.config = config
         heads, parts, width, rank = config.n_heads, config.n_parts, config.key_dim // config.n_parts, config.core_rank
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
-        self.query = param(rngs, into, (d_model, heads, parts, width), ("embed", "heads", None, "key"))
+        self.query = param(rngs, into, (d_model, heads, parts, width), ("embed", "heads", None, "key"), matrix())
         zeros, normal = jax.nn.initializers.zeros, jax.nn.initializers.normal(width**-0.5)
-        self.bias = param(rngs, zeros, (heads, parts, width), ("heads", None, "key")) if config.query_bias else None
+        bias = (heads, parts, width), ("heads", None, "key"), VECTOR
+        self.bias = param(rngs, zeros, *bias) if config.query_bias else None
         shape = heads, parts, config.n_sub_keys, rank, width
-        self.keys = param(rngs, normal, shape, ("heads", None, "sub_keys", "rank", "key"))
-        self.core = param(rngs, jax.nn.initializers.uniform(1.0), (heads, rank, rank), ("heads", None, None))
+        self.keys = param(rngs, normal, shape, ("heads", None, "sub_keys", "rank", "key"), ROWS)
+        core = (heads, rank, rank), ("heads", None, None), matrix(copies=1)
+        self.core = param(rngs, jax.nn.initializers.uniform(1.0), *core)
         self.query_norm, self.key_norm = (make_norm(kind, width, rngs) for kind in (config.query_norm, config.key_norm))
         for norm in (self.query_norm, self.key_norm):
             if norm is not None:

@@ -21,7 +21,8 @@ from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.mixer import Mixer, MixerConfig, advance, init_cursor
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
-from jaxmem.sharding import constrain, current_rules, einsum, param
+from jaxmem.sharding import ROWS, constrain, current_rules, einsum, param
+from jaxmem.sharding.kinds import is_memory
 from jaxmem.sharding.layouts import lay_out, restore
 from jaxmem.typing import Array, DTypeLike, Float, Int, PyTree
 
@@ -146,7 +147,7 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             rows = -(-config.vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE
             init = nnx.initializers.truncated_normal(config.d_model**-0.5)
-            self.output = param(rngs, init, (rows, config.d_model), ("vocab", "embed"))
+            self.output = param(rngs, init, (rows, config.d_model), ("vocab", "embed"), ROWS)
 
     @property
     def head(self) -> Float[Array, "Vocab D"]:
@@ -222,7 +223,7 @@ def _without_tables(blocks: PyTree) -> tuple[Callable[[list], PyTree], list]:
     """Stacked blocks as their parameters without memory tables, and the function that makes blocks of one layer's again,
     with the tables of all layers: a scan would copy each layer's."""
     leaves, structure = jax.tree.flatten(blocks, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    is_table = ["slots" in getattr(leaf, "axes", ()) for leaf in leaves]
+    is_table = [is_memory(leaf) for leaf in leaves]
 
     def with_tables(of_layer: list) -> PyTree:
         rest = iter(of_layer)
