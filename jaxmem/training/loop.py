@@ -24,6 +24,7 @@ from jaxmem.sharding import current_rules, make_mesh, use_mesh
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
 from jaxmem.training import rates
+from jaxmem.training.agreement import agree, run_facts
 from jaxmem.training.clock import Clock
 from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
 from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
@@ -75,6 +76,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
       CheckpointError: a checkpoint could not be written; earlier ones are intact.
     """
     run_dir = Path(run_dir)
+    agree(lambda: run_facts(config, run_dir, resume))
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -85,6 +87,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     began = time.monotonic()
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 or max(config.mesh.sizes) > 1 else None
     run = _Run(config, tokenizer, mesh, run_dir)
+    agree(lambda: {"training data": run.pieces.fingerprint, "held-out data": run.heldout.fingerprint})
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(run_dir / "checkpoints", config.checkpoint, to_json(config)))
