@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         if state is not None and (type(state) is not tuple or len(state) != len(self.blocks)):
             raise ValueError(
                 f"Decoder: needs a state with one entry per mixer of the pattern, {len(self.blocks)}, "
-                f"got state {said(state)}; pass what init_state or a call of this decoder returned, and segment_ids and positions by name"
+                f"got state {said(state)}; pass what init_state or a call of this decoder returned, and others by name"
             )
 
     def _of_nothing(self, tokens, state, with_use: bool):
