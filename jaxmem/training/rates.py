@@ -1,10 +1,10 @@
 """Learning rates across a resume: what the last step had, what the next one will have, and what was chosen about it.
 
-A schedule ends with its run. Resumed with another number of steps, a run has the schedule of that number as if it had been so
-from the start (`on_new_steps="restate"`): a cosine that had come down goes up again, and wsd's decay moves to the new end. Or it
-goes on from the rate it has reached ("continue"): a cosine falls from there over the steps that are left, wsd keeps that rate
-until its decay at the new end, also if a decay had begun. What was chosen is part of the config that checkpoints hold, so that
-a run that is interrupted again goes on exactly.
+A schedule ends with its run. Resumed with another number of steps, a run has the schedule of that number as if it had been
+so from the start (`on_new_steps="restate"`): a cosine that had come down goes up again, and wsd's decay moves to the new
+end. Or it goes on from the rate it has reached ("continue"): a cosine falls from there over the steps that are left, wsd
+keeps that rate until its decay at the new end, also if a decay had begun. What was chosen is part of the config that
+checkpoints hold, so that a run that is interrupted again goes on exactly.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxmem.training.optimizer import OptimizerConfig, rate_of
 
 FIELDS = ("on_new_steps", "continued")
 """Fields of an `OptimizerConfig` that say what to do here, and may differ from those of the run that is resumed."""
-SAME = 1e-3
+SAME = 5e-3
 """Rates nearer to each other than this part of them are told as the same."""
 
 
@@ -74,11 +74,12 @@ def describe(after: OptimizerConfig, steps: int, before: OptimizerConfig, until_
     if steps == until_now and math.isclose(new, as_planned, rel_tol=SAME):
         return None
     said = f"learning rate: {last:.3g} in step {step}, the last one made, and {new:.3g} in step {step + 1}"
-    jumps = last > 0 and not math.isclose(new, as_planned, rel_tol=SAME)
+    goes_on = bool(after.continued) and after.continued[-1] == (step, until_now) and steps != until_now
+    jumps = last > 0 and not goes_on and not math.isclose(new, as_planned, rel_tol=SAME)
     said += f", {new / last:.2g} times as high" if jumps else ""
     if steps == until_now:
         return f"{said}: optimizer.learning_rate or its schedule was changed"
-    if len(after.continued) > 0 and after.continued[-1][0] == step:
+    if goes_on:
         return f"{said}: it goes on from the rate reached, {_ahead(after, steps, step)}"
     said += f": the schedule is that of a run of {steps} steps now, not {until_now}, {_ahead(after, steps, step)}"
     if jumps and after.on_new_steps == "restate":
