@@ -24,7 +24,7 @@ Scalable for LLM Training, arXiv:2502.16982, eq. 4 (the factor 0.2); Hu et al. 2
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
+from jaxmem.fields import Bounds, Count, Decay, Fraction, Natural, NonNegative, Positive, checked
 from jaxmem.sharding import VECTOR, current_mesh
 from jaxmem.sharding.kinds import Matrix, kind_of, sides
 from jaxmem.training.lazy_adam import lazy_adam
@@ -45,6 +46,7 @@ Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class TableOptimizerConfig:
     """How memory tables are updated; the schedule's form is that of the other parameters.
 
@@ -53,38 +55,22 @@ class TableOptimizerConfig:
 
     update: Literal["lazy", "dense"] = "lazy"
     """Adam of the rows that a step read, others stay as they are; or AdamW of whole tables, with dense gradients."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """The highest; > 0."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Of rows that are read (lazy) or of all (dense), per step and per unit of the learning rate; >= 0."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest L2 norm of all tables' gradients together; > 0. None: they are not clipped."""
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    max_rows: int | None = None
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Positive = 1e-8
+    max_rows: Count | None = None
     """Most rows of a table that a step may read on each device that holds a part of it; a step that reads more is not made.
     Bounds memory: None takes the number of reads, each of which may be another row's."""
 
-    def __post_init__(self):
-        for name, condition, holds in (
-            ("update", "lazy or dense", self.update in ("lazy", "dense")),
-            ("learning_rate", "> 0", self.learning_rate > 0),
-            ("weight_decay", ">= 0", self.weight_decay >= 0),
-            ("clip_norm", "> 0 or None", self.clip_norm is None or self.clip_norm > 0),
-            ("b1", "in [0, 1)", 0 <= self.b1 < 1),
-            ("b2", "in [0, 1)", 0 <= self.b2 < 1),
-            ("eps", "> 0", self.eps > 0),
-            ("max_rows", ">= 1 or None", self.max_rows is None or self.max_rows >= 1),
-        ):
-            if not holds:
-                raise ValueError(
-                    f"optimizer: needs tables.{name} {condition}, got {name}={getattr(self, name)}; "
-                    "change TableOptimizerConfig"
-                )
-
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class OptimizerConfig:
     """How parameters are updated.
 
@@ -93,27 +79,27 @@ class OptimizerConfig:
 
     kind: Literal["adamw", "muon"] = "adamw"
     """Direction of matrices; everything else is AdamW's."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """The highest, after warm-up; > 0."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps over which the rate rises linearly, the first of them at learning_rate / warmup_steps; >= 0."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: half a cosine; stable, then a linear decay; or constant."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, Bounds("(0, 1]")] = 0.2
     """wsd: the part of all steps, at the end, over which the rate decays; in (0, 1]."""
-    final_fraction: float = 0.1
+    final_fraction: Fraction = 0.1
     """The rate at the end of cosine or wsd, as a part of learning_rate; in [0, 1]."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Of matrices and rows, per step and per unit of the learning rate; >= 0."""
-    b1: float = 0.9
+    b1: Decay = 0.9
     """Adam's decay of the mean of gradients; in [0, 1)."""
-    b2: float = 0.95
+    b2: Decay = 0.95
     """Adam's decay of the mean of their squares; in [0, 1)."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Adam's, added to the root of that mean; > 0."""
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """Muon's decay of the mean of gradients (Nesterov); in [0, 1)."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest L2 norm of all gradients together; > 0. None: gradients are not clipped."""
     on_new_steps: Literal["restate", "continue"] = "restate"
     """Rates of a run that is resumed with another number of steps: those of a run of that number, which may jump; or on from
@@ -124,24 +110,10 @@ class OptimizerConfig:
     """Of memory tables, if there are any: a group apart, of which nothing above holds but the form of the schedule."""
 
     def __post_init__(self):
-        for name, condition, holds in (
-            ("learning_rate", "> 0", self.learning_rate > 0),
-            ("warmup_steps", ">= 0", self.warmup_steps >= 0),
-            ("decay_fraction", "in (0, 1]", 0 < self.decay_fraction <= 1),
-            ("final_fraction", "in [0, 1]", 0 <= self.final_fraction <= 1),
-            ("weight_decay", ">= 0", self.weight_decay >= 0),
-            ("b1", "in [0, 1)", 0 <= self.b1 < 1),
-            ("b2", "in [0, 1)", 0 <= self.b2 < 1),
-            ("eps", "> 0", self.eps > 0),
-            ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
-            ("clip_norm", "> 0 or None", self.clip_norm is None or self.clip_norm > 0),
-            ("on_new_steps", "restate or continue", self.on_new_steps in ("restate", "continue")),
-            ("continued", "pairs of steps that rise", _rise([at for at, _ in self.continued])),
-        ):
-            if not holds:
-                raise ValueError(
-                    f"optimizer: needs {name} {condition}, got {name}={getattr(self, name)}; change OptimizerConfig"
-                )
+        if not _rise([at for at, _ in self.continued]):
+            raise ValueError(
+                f"optimizer: needs pairs of steps that rise, got continued={self.continued}; leave it to the run"
+            )
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:

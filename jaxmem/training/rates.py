@@ -1,10 +1,10 @@
 """Learning rates across a resume: what the last step had, what the next one will have, and what was chosen about it.
 
-A schedule ends with its run. Resumed with another number of steps, a run has the schedule of that number as if it had been
-so from the start (`on_new_steps="restate"`): a cosine that had come down goes up again, and wsd's decay moves to the new
-end. Or it goes on from the rate it has reached ("continue"): a cosine falls from there over the steps that are left, wsd
-keeps that rate until its decay at the new end, also if a decay had begun. What was chosen is part of the config that
-checkpoints hold, so that a run that is interrupted again goes on exactly.
+A schedule ends with its run. Resumed with another number of steps, a run has the schedule of that number as if it had
+been so from the start (`on_new_steps="restate"`): a cosine that had come down goes up again, and wsd's decay moves to
+the new end. Or it goes on from the rate it has reached ("continue"): a cosine falls from there over the steps that are
+left, wsd keeps that rate until its decay at the new end, also if a decay had begun. What was chosen is part of the
+config that checkpoints hold, so that a run that is interrupted again goes on exactly.
 """
 
 import dataclasses
