@@ -42,7 +42,7 @@ class Option:
 
     @property
     def words(self) -> list[str]:
-        return [str(part).replace("_", "-") for part in self.path]
+        return [str(part).rstrip("_").replace("_", "-") for part in self.path]
 
 
 @dataclasses.dataclass(frozen=True)

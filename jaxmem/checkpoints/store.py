@@ -113,6 +113,10 @@ class CheckpointStore:
         """The complete checkpoints, oldest first."""
         return complete_steps(self._directory)
 
+    def describe(self, run_config: Mapping[str, Any]) -> None:
+        """Saves another resolved configuration from now on: that of a run which goes on with other rates, say."""
+        self._run_config = json.loads(json.dumps(run_config))
+
     def save(self, step: int, tree: Any, data_state: Any, metric: float | None = None) -> None:
         """Starts a checkpoint; returns when the arrays are copied, so a train step may donate them next.
 

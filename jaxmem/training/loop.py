@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.sharding import current_rules, make_mesh, use_mesh
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
+from jaxmem.training import rates
+from jaxmem.training.agreement import agree, run_facts
 from jaxmem.training.clock import Clock
 from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
 from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
@@ -29,6 +32,7 @@ from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.finish import finish
 from jaxmem.training.metrics import MetricsWriter, replace_file
 from jaxmem.training.not_finite import NotFinite, describe_not_finite
+from jaxmem.training.optimizer import without_kind
 from jaxmem.training.placement import (
     any_process,
     gather_states,
@@ -41,7 +45,7 @@ from jaxmem.training.placement import (
 from jaxmem.training.progress import Progress
 from jaxmem.training.resume import check_run_dir
 from jaxmem.training.signals import Stop, stop_on_signals
-from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step, shifted
+from jaxmem.training.step import Shifted, StepMetrics, TrainState, init_state, make_train_step, shifted
 from jaxmem.training.table_checkpoints import TableCheckpoints
 
 STEPS_BETWEEN_STOPS = 16
@@ -72,6 +76,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
       CheckpointError: a checkpoint could not be written; earlier ones are intact.
     """
     run_dir = Path(run_dir)
+    agree(lambda: run_facts(config, run_dir, resume))
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -82,12 +87,15 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     began = time.monotonic()
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 or max(config.mesh.sizes) > 1 else None
     run = _Run(config, tokenizer, mesh, run_dir)
+    agree(lambda: {"training data": run.pieces.fingerprint, "held-out data": run.heldout.fingerprint})
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(run_dir / "checkpoints", config.checkpoint, to_json(config)))
         stop = stack.enter_context(stop_on_signals())
         with use_mesh(mesh, rules_of(config.mesh)):
             state, batches, notes = run.start(store)
+            config = run.config  # with the rates that the run goes on with
+            notes += [said] if (said := without_kind(state.params)) else []
             first = int(state.step)
             if resume and not first:
                 notes.append(f"no checkpoint in {run_dir} to resume from: starting at step 0")
@@ -128,9 +136,12 @@ class _Run:
         if mesh is not None:  # says now that the batch cannot be split, not when all is compiled
             rows = config.data.batch_size // config.accumulate
             current_rules().spec(("batch",), "activations", (rows,), mesh)
-        options = compiler_options(mesh)
-        self.train_step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
+        self.train_step = self._compiled_step(config)
         self.eval_step = jax.jit(make_eval_step(config.model))
+
+    def _compiled_step(self, config: TrainConfig) -> Callable[[TrainState, Shifted], tuple[TrainState, StepMetrics]]:
+        options = compiler_options(self.mesh)
+        return jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
 
     def start(self, store: CheckpointStore) -> tuple[TrainState, Any, list[str]]:
         """The state and the data to begin with: the newest intact checkpoint's, or new ones."""
@@ -158,7 +169,12 @@ class _Run:
         batches.set_state(scatter_state(restored.data_state["iterators"]))
         notes = [f"passed over: {note}" for note in restored.notes]
         state = TrainState(**restored.tree) if self.tables is None else self.tables.restore(restored.tree, abstract)
-        return state, batches, [*notes, f"resumed from the checkpoint of step {restored.step}"]
+        notes.append(f"resumed from the checkpoint of step {restored.step}")
+        config, of_rates = rates.resumed(self.config, restored.run_config, restored.step)
+        if config != self.config:
+            self.config, self.train_step = config, self._compiled_step(config)
+            store.describe(to_json(config))
+        return state, batches, [*notes, *of_rates]
 
     def steps(
         self, state: TrainState, batches, store: CheckpointStore, stop: Stop, metrics: Metrics, progress: Progress

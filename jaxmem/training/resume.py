@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxmem.checkpoints import complete_steps, config_differences
 from jaxmem.config import to_json
+from jaxmem.training import rates
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.metrics import read_metrics
 
@@ -28,6 +29,8 @@ def check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
     before, now = json.loads(saved_config.read_text()), to_json(config)
     for name in MAY_CHANGE:
         before.pop(name, None), now.pop(name, None)
+    for name in rates.FIELDS:
+        before.get("optimizer", {}).pop(name, None), now["optimizer"].pop(name, None)
     if differences := config_differences(before, now):
         shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
         raise ValueError(
