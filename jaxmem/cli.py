@@ -144,10 +144,14 @@ def plan(experiment: str, /, config: Any, tpu: str) -> int:
         tpu: Topology, e.g. v5p:8x8x8, or the name of a slice, e.g. v5p-1024 or v5litepod-16.
     """
     from jaxmem.planning import training_plan
+    from jaxmem.planning.steps import Steps
     from jaxmem.planning.tpu import use_compiler
 
+    training_plan.check(config, tpu)
     use_compiler()
-    print(training_plan.plan(config, tpu))
+    with Steps() as steps:
+        told = training_plan.plan(config, tpu, steps.say)
+    print(told)
     return 0
 
 
@@ -277,17 +281,21 @@ def kernels(
         heads: Of queries, keys and values, on TPUs.
         width: Of a head, on TPUs.
     """
-    if gpu:
-        from jaxmem.planning import gpu_report
+    from jaxmem.planning.steps import Steps
 
-        for chip in gpu:
-            print(gpu_report.report(chip, tokens), flush=True)
-    if tpu or not gpu:
-        from jaxmem.planning import kernel_report
+    with Steps() as steps:
+        if gpu:
+            from jaxmem.planning import gpu_report
 
-        for generation in tpu or ("v5p", "v6e", "tpu7x"):
-            for line in kernel_report.report(generation, kernel_report.Problem(heads, tokens, width)):
-                print(line, flush=True)
+            for chip in gpu:
+                steps.show(gpu_report.report(chip, tokens, steps.say))
+        if tpu or not gpu:
+            from jaxmem.planning import kernel_report
+
+            for generation in tpu or ("v5p", "v6e", "tpu7x"):
+                problem = kernel_report.Problem(heads, tokens, width)
+                for line in kernel_report.report(generation, problem, steps.say):
+                    steps.show(line)
     return 0
 
 
