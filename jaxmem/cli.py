@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from jaxmem import output
+
 TRACEBACK = "JAXMEM_TRACEBACK"
 """Environment variable: set it to 1 to see where an error comes from."""
 
@@ -18,17 +21,31 @@ TRACEBACK = "JAXMEM_TRACEBACK"
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done (or stopped by a signal with all saved), 1 failed, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
+    output.occupy()
+    try:
+        try:
+            return _run(argv)
+        finally:
+            output.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        output.abandon()
+        return 0
+
+
+def _run(argv: list[str]) -> int:
     try:
         commands = {"train": _train_command(argv), "generate": generate, "info": info}
         commands |= {"plan": _plan_command(argv), "kernels": kernels, "table": table}
         return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxmem", description=_ABOUT, args=argv) or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        print(f"jaxmem: {error}", file=sys.stderr)
+        output.complain(f"jaxmem: {error}")
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("jaxmem: interrupted", file=sys.stderr)
+        output.complain("jaxmem: interrupted")
         return 130
 
 
@@ -46,6 +63,7 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
         config: Annotated[TrainConfig, arg(name="")] = load_experiment(path) if path else tyro.MISSING,
         out: str | None = None,
         resume: bool = False,
+        from_step: int | None = None,
         distributed: bool = False,
     ) -> int:
         """Train the model of an experiment file; every field of its config is an option.
@@ -55,6 +73,7 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
             config: The experiment.
             out: Folder of the run; runs/NAME if not given, NAME being that of the experiment file.
             resume: Go on with the run in that folder from its newest checkpoint.
+            from_step: With --resume: from this checkpoint instead; later ones are set aside.
             distributed: This is one of several processes; find the others first (jax.distributed.initialize).
         """
         if distributed:
@@ -63,7 +82,14 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
 
         if os.environ.get(TRACEBACK) != "1":
             _quieten_failed_saves()
-        train(config, Path(out) if out else Path("runs") / Path(experiment).stem, resume=resume)
+        train(
+            config,
+            Path(out) if out else Path("runs") / Path(experiment).stem,
+            resume=resume,
+            from_step=from_step,
+            experiment=experiment,
+            command=_without_resume(argv),
+        )
         return 0
 
     def train_nothing(experiment: Positional[str], out: str | None = None, resume: bool = False) -> int:
@@ -77,6 +103,18 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
         raise ValueError(f"train: needs an experiment file that ends in .py, got {experiment!r}; name one")
 
     return train_file if path else train_nothing
+
+
+def _without_resume(argv: list[str]) -> str:
+    """The command line for messages that add --resume and another rate."""
+    kept, words = ["jaxmem"], iter(argv)
+    for word in words:
+        if (name := word.partition("=")[0].replace("_", "-")) in ("--from-step", "--optimizer.learning-rate"):
+            if "=" not in word:
+                next(words, None)
+        elif name not in ("--resume", "--no-resume"):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _experiment_file(argv: list[str], command: str) -> str | None:
@@ -154,6 +192,7 @@ def generate(
     seed: int = 0,
     capacity: int | None = None,
     step: int | None = None,
+    import_: Annotated[tuple[str, ...], arg(name="import")] = (),
 ) -> int:
     """Let a trained model continue a prompt; the text goes to standard output as it is made.
 
@@ -167,15 +206,16 @@ def generate(
         seed: Of the sampling.
         capacity: Tokens that growing caches hold; prompt and text together if not given.
         step: Checkpoint to use; the newest if not given.
+        import_: Python files to run first, which define classes of the run's model that are not jaxmem's, e.g. RUN/code/x.py.
     """
     from jaxmem.models.generation import generate_text
     from jaxmem.models.sampling import SamplingConfig
     from jaxmem.training.run import load_run
 
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    loaded = load_run(run, step)
+    loaded = load_run(run, step, import_)
     for note in loaded.notes:
-        print(f"passed over: {note}", file=sys.stderr)
+        output.complain(note)
     text = generate_text(
         loaded.model,
         loaded.tokenizer,
@@ -188,7 +228,7 @@ def generate(
     print(prompt, end="", flush=True)
     for piece in text:
         print(piece, end="", flush=True)
-    print(f"\n{text.statistics}", file=sys.stderr)
+    output.complain(f"\n{text.statistics}")
     return 0
 
 
