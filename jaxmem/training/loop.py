@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.sharding import current_rules, make_mesh, use_mesh
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
+from jaxmem.training import rates
+from jaxmem.training.agreement import agree, run_facts
 from jaxmem.training.clock import Clock
 from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
 from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
@@ -29,6 +32,7 @@ from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.finish import finish
 from jaxmem.training.metrics import MetricsWriter, replace_file
 from jaxmem.training.not_finite import NotFinite, advice, describe_not_finite
+from jaxmem.training.optimizer import without_kind
 from jaxmem.training.own_code import keep_code
 from jaxmem.training.placement import (
     any_process,
@@ -43,7 +47,7 @@ from jaxmem.training.progress import Progress
 from jaxmem.training.resume import check_config, check_run_dir, notes_on_config
 from jaxmem.training.run_folder import CHECKPOINTS, CONFIG_FILE, TABLES, locked, mark_checkpoints
 from jaxmem.training.signals import Stop, stop_on_signals
-from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step, shifted
+from jaxmem.training.step import Shifted, StepMetrics, TrainState, init_state, make_train_step, shifted
 from jaxmem.training.table_checkpoints import TableCheckpoints
 
 STEPS_BETWEEN_STOPS = 16
@@ -85,23 +89,27 @@ def train(
       CheckpointError: a checkpoint could not be written; earlier ones are intact.
     """
     run_dir = Path(run_dir)
+    agree(lambda: run_facts(config, run_dir, resume) | {"--from-step": from_step})
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"train: needs model.vocab_size of at least the tokenizer's {tokenizer.vocab_size}, "
             f"got vocab_size={config.model.vocab_size}; raise it, or use the tokenizer of this model"
         )
-    is_main, as_json, began = jax.process_index() == 0, to_json(config), time.monotonic()
+    is_main, began = jax.process_index() == 0, time.monotonic()
     with contextlib.ExitStack() as stack:
         notes = [_lock(run_dir, stack)]
         check_run_dir(run_dir, config, resume, from_step)
         mesh = make_mesh(config.mesh) if jax.device_count() > 1 or max(config.mesh.sizes) > 1 else None
         run = _Run(config, tokenizer, mesh, run_dir)
-        store = stack.enter_context(CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint, as_json))
+        agree(lambda: {"training data": run.pieces.fingerprint, "held-out data": run.heldout.fingerprint})
+        store = stack.enter_context(CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint, to_json(config)))
         stop = stack.enter_context(stop_on_signals())
         with use_mesh(mesh, rules_of(config.mesh)):
             state, batches, told = run.start(store, from_step)
-            first, notes = int(state.step), [*notes, *told]
+            config = run.config  # with the rates that the run goes on with
+            as_json, first = to_json(config), int(state.step)
+            notes += told + ([said] if (said := without_kind(state.params)) else [])
             if resume and not first:
                 notes.append(f"no checkpoint in {run_dir} to resume from: starting at step 0")
             metrics = None
@@ -177,9 +185,12 @@ class _Run:
         if mesh is not None:  # says now that the batch cannot be split, not when all is compiled
             rows = config.data.batch_size // config.accumulate
             current_rules().spec(("batch",), "activations", (rows,), mesh)
-        options = compiler_options(mesh)
-        self.train_step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
+        self.train_step = self._compiled_step(config)
         self.eval_step = jax.jit(make_eval_step(config.model))
+
+    def _compiled_step(self, config: TrainConfig) -> Callable[[TrainState, Shifted], tuple[TrainState, StepMetrics]]:
+        options = compiler_options(self.mesh)
+        return jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
 
     def start(self, store: CheckpointStore, from_step: int | None = None) -> tuple[TrainState, Any, list[str]]:
         """The state and the data to begin with: those of a checkpoint, of the newest intact one if not said, or new ones."""
@@ -211,7 +222,12 @@ class _Run:
             notes.append(f"set aside, and not deleted: the checkpoints of steps {later}")
         notes += notes_on_config(self.run_dir, restored.run_config, self.config)
         state = TrainState(**restored.tree) if self.tables is None else self.tables.restore(restored.tree, abstract)
-        return state, batches, [*notes, f"resumed from the checkpoint of step {restored.step}"]
+        notes.append(f"resumed from the checkpoint of step {restored.step}")
+        config, of_rates = rates.resumed(self.config, restored.run_config, restored.step)
+        if config != self.config:
+            self.config, self.train_step = config, self._compiled_step(config)
+            store.describe(to_json(config))
+        return state, batches, [*notes, *of_rates]
 
     def steps(
         self, state: TrainState, batches, store: CheckpointStore, stop: Stop, metrics: Metrics, progress: Progress

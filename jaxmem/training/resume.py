@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxmem.checkpoints import complete_steps, config_differences, read_run_config
 from jaxmem.config import from_json, to_json
+from jaxmem.training import rates
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.metrics import METRICS_FILE, read_metrics
 from jaxmem.training.run_folder import (
@@ -45,6 +46,7 @@ MAY_CHANGE = (
     *(
         f"optimizer.{name}"
         for name in (
+            *rates.FIELDS,
             *("learning_rate", "warmup_steps", "schedule", "decay_fraction", "final_fraction"),
             *("weight_decay", "clip_norm", "b1", "b2", "eps", "momentum"),
             *(f"tables.{n}" for n in ("learning_rate", "weight_decay", "clip_norm", "b1", "b2", "eps", "max_rows")),
@@ -93,7 +95,8 @@ def notes_on_config(run_dir: Path, saved: Mapping[str, Any], config: TrainConfig
     Args:
       saved: that of the checkpoint.
     """
-    changed = _split(saved, config)[1]
+    of_rates = tuple(f"optimizer.{name}:" for name in rates.FIELDS)  # which `rates` tells
+    changed = [line for line in _split(saved, config)[1] if not line.startswith(of_rates)]
     notes = [f"changed from here on: {'; '.join(changed)}"] if changed else []
     return notes + notes_on_config_file(run_dir, saved, "it is written again")
 
