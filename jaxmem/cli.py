@@ -5,6 +5,7 @@ import difflib
 import inspect
 import logging
 import os
+import shlex
 import sys
 import textwrap
 import warnings
@@ -12,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxmem import __version__, arguments
+from jaxmem import __version__, arguments, output
 from jaxmem.fields import Bounds, Count, Natural, NonNegative, Seed
 
 TRACEBACK = "JAXMEM_TRACEBACK"
@@ -22,26 +23,36 @@ TRACEBACK = "JAXMEM_TRACEBACK"
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done (or stopped by a signal with all saved), 1 failed, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["train"]:
-        return _told(argv)
-    from jaxmem.training import peers
+    output.occupy()
+    try:
+        try:
+            if argv[:1] != ["train"]:
+                return _told(argv)
+            from jaxmem.training import peers
 
-    return peers.together(lambda: _told(argv))
+            return peers.together(lambda: _told(argv))
+        finally:
+            output.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        output.abandon()
+        return 0
 
 
 def _told(argv: list[str]) -> int:
     """The exit code of a command, whose error is one sentence."""
     try:
         return _run(argv)
+    except BrokenPipeError:
+        raise
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
         if argv[:1] == ["train"]:
             error = _of_all_processes(error)
-        print(f"jaxmem: {error}", file=sys.stderr)
+        output.complain(f"jaxmem: {error}")
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("jaxmem: interrupted", file=sys.stderr)
+        output.complain("jaxmem: interrupted")
         return 130
 
 
@@ -108,6 +119,7 @@ def train(
     config: Any,
     out: str | None = None,
     resume: bool = False,
+    from_step: Natural | None = None,
     distributed: bool = False,
     coordinator: str | None = None,
     processes: Count | None = None,
@@ -121,6 +133,7 @@ def train(
         experiment: Python file with a function config(), e.g. experiments/quickstart.py.
         out: Folder of the run; runs/NAME if not given, NAME being that of the experiment file.
         resume: Go on with the run in that folder from its newest checkpoint.
+        from_step: With --resume: from this checkpoint instead; later ones are set aside.
         distributed: This is one of several processes, in a cluster that JAX knows; find the others first.
         coordinator: Where process 0 runs, HOST:PORT with a free port, for several processes in no such cluster.
         processes: With --coordinator: how many there are.
@@ -130,8 +143,27 @@ def train(
 
     if os.environ.get(TRACEBACK) != "1":
         _quieten_failed_saves()
-    loop.train(config, Path(out) if out else Path("runs") / Path(experiment).stem, resume=resume)
+    loop.train(
+        config,
+        Path(out) if out else Path("runs") / Path(experiment).stem,
+        resume=resume,
+        from_step=from_step,
+        experiment=experiment,
+        command=_without_resume(sys.argv[1:]),
+    )
     return 0
+
+
+def _without_resume(argv: list[str]) -> str:
+    """The command line for messages that add --resume and another rate."""
+    kept, words = ["jaxmem"], iter(argv)
+    for word in words:
+        if (name := word.partition("=")[0].replace("_", "-")) in ("--from-step", "--optimizer.learning-rate"):
+            if "=" not in word:
+                next(words, None)
+        elif name not in ("--resume", "--no-resume"):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def plan(experiment: str, /, config: Any, tpu: str) -> int:
@@ -206,6 +238,7 @@ def generate(
     seed: Seed = 0,
     capacity: Count | None = None,
     step: Natural | None = None,
+    import_: tuple[str, ...] = (),
 ) -> int:
     """Let a trained model continue a prompt; the text goes to standard output as it is made.
 
@@ -219,6 +252,7 @@ def generate(
         seed: Of the sampling.
         capacity: Tokens that growing caches hold; prompt and text together if not given.
         step: Checkpoint to use; the newest if not given.
+        import_: Python files to run first, which define classes of the run's model that are not jaxmem's, e.g. RUN/code/x.py.
     """
     from jaxmem.models.generation import generate_text
     from jaxmem.models.sampling import SamplingConfig
@@ -227,9 +261,9 @@ def generate(
     if os.environ.get(TRACEBACK) != "1":
         _quieten_failed_saves()  # nor of a checkpoint that a training run drops while it is read
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    loaded = load_run(run, step)
+    loaded = load_run(run, step, import_)
     for note in loaded.notes:
-        print(f"passed over: {note}", file=sys.stderr)
+        output.complain(note)
     text = generate_text(
         loaded.model,
         loaded.tokenizer,
@@ -242,7 +276,7 @@ def generate(
     print(prompt, end="", flush=True)
     for piece in text:
         print(piece, end="", flush=True)
-    print(f"\n{text.statistics}", file=sys.stderr)
+    output.complain(f"\n{text.statistics}")
     return 0
 
 
