@@ -224,6 +224,8 @@ def generate(
     from jaxmem.models.sampling import SamplingConfig
     from jaxmem.training.run import load_run
 
+    if os.environ.get(TRACEBACK) != "1":
+        _quieten_failed_saves()  # nor of a checkpoint that a training run drops while it is read
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     loaded = load_run(run, step)
     for note in loaded.notes:

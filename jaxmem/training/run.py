@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from jaxmem.checkpoints import load_checkpoint
+from jaxmem.checkpoints import Restored, again_if_gone, load_checkpoint
 from jaxmem.config import from_json
 from jaxmem.models.decoder import Decoder
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
@@ -54,9 +54,15 @@ def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
     params = jax.eval_shape(lambda: init_state(config)).params
     apart = config.checkpoint.tables == "touched"
     others, tables = TableTraining(config).split(params) if apart else (params, nnx.State({}))
-    restored = load_checkpoint(run_dir / "checkpoints", {"params": others}, step)
-    params = restored.tree["params"]
-    if tables:
-        params = nnx.merge_state(params, TableCheckpoints(run_dir / "tables", config).load(restored.step, tables))
+
+
+    def load() -> tuple[Restored, nnx.State]:
+        restored = load_checkpoint(run_dir / "checkpoints", {"params": others}, step)
+        params = restored.tree["params"]
+        if tables:
+            params = nnx.merge_state(params, TableCheckpoints(run_dir / "tables", config).load(restored.step, tables))
+        return restored, params
+
+    restored, params = again_if_gone(run_dir / "checkpoints", load)  # its tables too
     model = merge(config.model, params)
     return LoadedRun(config, model, tokenizer, restored.step, restored.notes)
