@@ -57,7 +57,6 @@ def read_run_config(directory: str | os.PathLike, step: int | None = None) -> di
     Raises: as `load_checkpoint`.
     """
 
-
     def read() -> dict[str, Any]:
         found, _ = _newest_intact(directory, step)
         return read_json(absolute(directory) / str(found), RUN_CONFIG)

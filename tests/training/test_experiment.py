@@ -75,10 +75,13 @@ def folder(tmp_path, monkeypatch):
             "",
             "needs a function config() that returns a TrainConfig, got none in 'own.py'; experiments/quickstart.py is one",
         ),
-        ("config = 3", "needs a function config() that returns a TrainConfig, got a int of that name in 'own.py'"),
+        ("config = 3", "needs a function config() that returns a TrainConfig, got 3 of that name in 'own.py'"),
         ("def config(): pass", "needs a function config() that returns a TrainConfig, got None from it in 'own.py'"),
-        ("def config(): return base().model", "got a DecoderConfig from it in 'own.py'"),
-        ("config = base()", "needs a function config() that returns a TrainConfig, got a TrainConfig of that name in"),
+        ("def config(): return base().model", "got DecoderConfig(...) from it in 'own.py'"),
+        (
+            "config = base()",
+            "needs a function config() that returns a TrainConfig, got TrainConfig(...) of that name in",
+        ),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
