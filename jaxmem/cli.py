@@ -18,6 +18,14 @@ TRACEBACK = "JAXMEM_TRACEBACK"
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done (or stopped by a signal with all saved), 1 failed, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] != ["train"]:
+        return _run(argv)
+    from jaxmem.training import peers
+
+    return peers.together(lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     try:
         commands = {"train": _train_command(argv), "generate": generate, "info": info}
         commands |= {"plan": _plan_command(argv), "kernels": kernels, "table": table}
@@ -25,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
+        if argv[:1] == ["train"]:
+            error = _of_all_processes(error)
         print(f"jaxmem: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
@@ -40,6 +50,8 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
     from jaxmem.training.experiment import TrainConfig, load_experiment
 
     path = _experiment_file(argv, "train")
+    if path and not {"-h", "--help"} & set(argv):
+        _find_other_processes(argv)
 
     def train_file(
         experiment: Positional[str],
@@ -47,6 +59,9 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
         out: str | None = None,
         resume: bool = False,
         distributed: bool = False,
+        coordinator: str | None = None,
+        processes: int | None = None,
+        process: int | None = None,
     ) -> int:
         """Train the model of an experiment file; every field of its config is an option.
 
@@ -55,10 +70,11 @@ def _train_command(argv: list[str]) -> Callable[..., int]:
             config: The experiment.
             out: Folder of the run; runs/NAME if not given, NAME being that of the experiment file.
             resume: Go on with the run in that folder from its newest checkpoint.
-            distributed: This is one of several processes; find the others first (jax.distributed.initialize).
+            distributed: This is one of several processes, in a cluster that JAX knows; find the others first.
+            coordinator: Where process 0 runs, HOST:PORT with a free port, for several processes in no such cluster.
+            processes: With --coordinator: how many there are.
+            process: With --coordinator: which this is, from 0.
         """
-        if distributed:
-            _find_other_processes()
         from jaxmem.training.loop import train
 
         if os.environ.get(TRACEBACK) != "1":
@@ -121,17 +137,34 @@ def _plan_command(argv: list[str]) -> Callable[..., int]:
     return plan if path else plan_nothing
 
 
-def _find_other_processes() -> None:
-    import jax
+def _find_other_processes(argv: list[str]) -> None:
+    """Before the experiment is loaded, which may ask JAX for devices."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    given = {name: words[words.index(f"--{name}") + 1 :][:1] for name in _OF_PROCESSES if f"--{name}" in words}
+    if not given and "--distributed" not in words:
+        return
+    from jaxmem.training import peers
 
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
+    if not given:
+        peers.join()
+        return
+    values = {name: value[0] if value else "" for name, value in given.items()}
+    coordinator, n, index = (values.get(name, "") for name in _OF_PROCESSES)
+    if ":" not in coordinator or not n.isdigit() or not index.isdigit() or int(index) >= int(n):
         raise ValueError(
-            "train --distributed: needs a cluster that JAX recognises (a TPU pod, Slurm, Open MPI, Kubernetes), "
-            f"got none ({error}); start it there, or write a script that calls jax.distributed.initialize(...) with "
-            "addresses and then jaxmem.cli.main()"
-        ) from error
+            "train: needs --coordinator HOST:PORT, the same on all processes, with --processes N and --process 0..N-1, "
+            f"got {', '.join(f'--{name} {value}' for name, value in values.items())}; give all three"
+        )
+    peers.join(coordinator, int(n), int(index))
+
+
+_OF_PROCESSES = ("coordinator", "processes", "process")
+
+
+def _of_all_processes(error: BaseException) -> BaseException:
+    from jaxmem.training import peers
+
+    return peers.explained(error)
 
 
 def _quieten_failed_saves() -> None:

@@ -1,5 +1,6 @@
 """What a finished run leaves for people: a sample, the comparison with compressors, the report."""
 
+import dataclasses
 import platform
 import time
 from importlib.metadata import version
@@ -66,4 +67,7 @@ def finish(
         f"  {r.program:12} {r.bits_per_byte_pieces:6.3f} in pieces, {r.bits_per_byte_whole:.3f} whole files"
         for r in compression
     ]
+    from jaxmem.training.router_plots import collapse  # draws, so not before there is something to draw
+
+    rows += [collapsed] if (collapsed := collapse(dataclasses.asdict(evaluation))) else []
     return "\n".join(["held-out bits per byte:", *rows, f"report: {path}"])

@@ -7,9 +7,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,22 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxmem.checkpoints import CheckpointStore, complete_steps, config_differences
+from jaxmem.checkpoints import CheckpointStore
 from jaxmem.config import to_json
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.sharding import current_rules, make_mesh, use_mesh
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
+from jaxmem.training import rates
+from jaxmem.training.agreement import agree, run_facts
+from jaxmem.training.clock import Clock
 from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
 from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.finish import finish
-from jaxmem.training.metrics import MetricsWriter, read_metrics, replace_file
+from jaxmem.training.metrics import MetricsWriter, replace_file
+from jaxmem.training.not_finite import NotFinite, describe_not_finite
+from jaxmem.training.optimizer import without_kind
 from jaxmem.training.placement import (
     any_process,
     gather_states,
@@ -39,23 +43,16 @@ from jaxmem.training.placement import (
     to_host,
 )
 from jaxmem.training.progress import Progress
-from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step, shifted
+from jaxmem.training.resume import check_run_dir
+from jaxmem.training.signals import Stop, stop_on_signals
+from jaxmem.training.step import Shifted, StepMetrics, TrainState, init_state, make_train_step, shifted
 from jaxmem.training.table_checkpoints import TableCheckpoints
-from jaxmem.training.tables import TABLES
-
-MAY_CHANGE = ("steps", "checkpoint", "mesh", "eval_every_steps", "eval_bytes", "sample_prompt", "sample_tokens")
-"""Fields of a TrainConfig that a resumed run may change."""
-
 
 STEPS_BETWEEN_STOPS = 16
 """With several processes, a signal stops the run at a multiple of this many steps, on which all agree."""
 
 Metrics = MetricsWriter | None
 """The writer of the first process; the others write nothing."""
-
-
-class NotFinite(RuntimeError):
-    """The loss or a gradient became NaN or infinite; the message says when and where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +76,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
       CheckpointError: a checkpoint could not be written; earlier ones are intact.
     """
     run_dir = Path(run_dir)
+    agree(lambda: run_facts(config, run_dir, resume))
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -89,12 +87,15 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     began = time.monotonic()
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 or max(config.mesh.sizes) > 1 else None
     run = _Run(config, tokenizer, mesh, run_dir)
+    agree(lambda: {"training data": run.pieces.fingerprint, "held-out data": run.heldout.fingerprint})
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(CheckpointStore(run_dir / "checkpoints", config.checkpoint, to_json(config)))
         stop = stack.enter_context(stop_on_signals())
         with use_mesh(mesh, rules_of(config.mesh)):
             state, batches, notes = run.start(store)
+            config = run.config  # with the rates that the run goes on with
+            notes += [said] if (said := without_kind(state.params)) else []
             first = int(state.step)
             if resume and not first:
                 notes.append(f"no checkpoint in {run_dir} to resume from: starting at step 0")
@@ -122,63 +123,6 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
     return Outcome(step, stopped=False)
 
 
-def check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises ValueError for a folder that holds a run that `config` would neither start nor go on with."""
-    if not has_begun(run_dir):
-        return
-    if not resume:
-        raise ValueError(
-            f"train: needs a new folder for a new run, got {str(run_dir)!r} with one in it; "
-            "add --resume to go on with it, or name another with --out"
-        )
-    saved_config = run_dir / "config.json"
-    if not saved_config.exists():
-        return  # what is in the checkpoint is compared when it is restored
-    before, now = json.loads(saved_config.read_text()), to_json(config)
-    for name in MAY_CHANGE:
-        before.pop(name, None), now.pop(name, None)
-    if differences := config_differences(before, now):
-        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
-        raise ValueError(
-            f"resume: needs the config of the run in {str(run_dir)!r}, got another: {shown}; "
-            "use the same experiment and options, or start a new run with --out"
-        )
-
-
-def has_begun(run_dir: Path) -> bool:
-    """Whether a run in this folder made a step; one that found its input wrong, say, leaves nothing to lose."""
-    with contextlib.suppress(FileNotFoundError):
-        return bool(complete_steps(run_dir / "checkpoints") or read_metrics(run_dir))
-    return False
-
-
-class _Stop:
-    """Whether a signal asked the run to stop, and which."""
-
-    def __init__(self):
-        self.by: signal.Signals | None = None
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[_Stop]:
-    """Notes the first SIGTERM or Ctrl-C instead of dying of it; a second one acts as usual."""
-    stop = _Stop()
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number, frame):
-        stop.by = signal.Signals(number)
-        for noted, handler in usual.items():
-            signal.signal(noted, handler)
-
-    for number in usual:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
 class _Run:
     """What stays the same from the first step to the last."""
 
@@ -192,9 +136,12 @@ class _Run:
         if mesh is not None:  # says now that the batch cannot be split, not when all is compiled
             rows = config.data.batch_size // config.accumulate
             current_rules().spec(("batch",), "activations", (rows,), mesh)
-        options = compiler_options(mesh)
-        self.train_step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
+        self.train_step = self._compiled_step(config)
         self.eval_step = jax.jit(make_eval_step(config.model))
+
+    def _compiled_step(self, config: TrainConfig) -> Callable[[TrainState, Shifted], tuple[TrainState, StepMetrics]]:
+        options = compiler_options(self.mesh)
+        return jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
 
     def start(self, store: CheckpointStore) -> tuple[TrainState, Any, list[str]]:
         """The state and the data to begin with: the newest intact checkpoint's, or new ones."""
@@ -222,16 +169,21 @@ class _Run:
         batches.set_state(scatter_state(restored.data_state["iterators"]))
         notes = [f"passed over: {note}" for note in restored.notes]
         state = TrainState(**restored.tree) if self.tables is None else self.tables.restore(restored.tree, abstract)
-        return state, batches, [*notes, f"resumed from the checkpoint of step {restored.step}"]
+        notes.append(f"resumed from the checkpoint of step {restored.step}")
+        config, of_rates = rates.resumed(self.config, restored.run_config, restored.step)
+        if config != self.config:
+            self.config, self.train_step = config, self._compiled_step(config)
+            store.describe(to_json(config))
+        return state, batches, [*notes, *of_rates]
 
     def steps(
-        self, state: TrainState, batches, store: CheckpointStore, stop: _Stop, metrics: Metrics, progress: Progress
+        self, state: TrainState, batches, store: CheckpointStore, stop: Stop, metrics: Metrics, progress: Progress
     ) -> tuple[TrainState, Evaluation | None, bool]:
         """Steps to the end or to a signal; each is read back when the next is on its way, so that neither waits.
 
         Returns the state, the evaluation of that state if there was one, and whether a signal stopped it.
         """
-        config, clock, pending, evaluation, stopping = self.config, _Clock(), None, None, False
+        config, clock, pending, evaluation, stopping = self.config, Clock(), None, None, False
         step = int(state.step)
         while step < config.steps and not stopping:
             batch = next(batches)
@@ -269,7 +221,7 @@ class _Run:
         return state, evaluation, stopping
 
     def tell(
-        self, step: int, told: StepMetrics, n_bytes: int, clock: "_Clock", metrics: Metrics, progress: Progress
+        self, step: int, told: StepMetrics, n_bytes: int, clock: "Clock", metrics: Metrics, progress: Progress
     ) -> None:
         """Waits for a step, then writes and shows it. Raises NotFinite if it was not made."""
         told = jax.device_get(told)
@@ -308,43 +260,3 @@ class _Run:
         """Bytes of text that the targets of a batch stand for, on this process times the number of shares."""
         rows = shifted(batch)
         return int(self.tokenizer.token_bytes[rows.targets[rows.counts]].sum()) * self.share[1]
-
-
-class _Clock:
-    """Wall seconds of each step, from when the one before was read, and how long the device had nothing to do in them."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        """What happened since the last step does not count to the next."""
-        self._last_read = time.perf_counter()
-        self._waits: list[float] = []
-
-    def dispatch(self, *, idle: bool) -> None:
-        """A step is about to be dispatched; if the device is idle, all time since the last read counts as waiting."""
-        self._waits.append(time.perf_counter() - self._last_read if idle else 0.0)
-
-    def read(self) -> tuple[float, float]:
-        """A step was read: its seconds, and those of them spent waiting, an upper bound."""
-        now = time.perf_counter()
-        step_s, self._last_read = now - self._last_read, now
-        return step_s, min(self._waits.pop(0), step_s)
-
-
-def describe_not_finite(step: int, told: StepMetrics) -> str:
-    """One sentence on what broke first: parameters that were not finite before the step, gradients, or updates."""
-    kinds = {"parameters": told.param_norms, "gradients": told.grad_norms, "updates": told.update_norms}
-    for what, norms in kinds.items():
-        groups = [group for group, norm in norms.items() if not math.isfinite(norm)]
-        if groups:
-            where = f"the {what} of " + ("all groups" if len(groups) == len(norms) else ", ".join(groups))
-            break
-    else:
-        where = "the loss alone, all parameters, gradients and updates are finite"
-    too_many = "(or raise optimizer.tables.max_rows, if the step read more) " if TABLES in where else ""
-    return (
-        f"step {step}: needs a finite loss, gradients and updates, got loss={told.nats / max(told.n_targets, 1)}, "
-        f"grad_norm={told.grad_norm}; not finite: {where}; the step was not made and the checkpoints before it are kept; "
-        f"lower optimizer.learning_rate or optimizer.clip_norm {too_many}and start from the last one"
-    )

@@ -270,12 +270,6 @@ def test_errors(name):
 
 @pytest.mark.usefixtures("unchecked")
 def test_errors_of_values():
-    with pytest.raises(
-        ValueError, match=r"needs keys to come by one of ring, all_gather, halo, got 'rings'; change it"
-    ):
-        Scheme("rings")
-    with pytest.raises(ValueError, match=r"needs ulysses >= 1, got ulysses=0; 1 is none"):
-        Scheme(ulysses=0)
     text = r"needs a number of tokens that 8 divides, for zigzag over 4 devices, got 20; pad with 4 tokens of segment 0"
     with on_devices(4), pytest.raises(ValueError, match=text):
         lay_out(np.ones((1, 20)), "zigzag", *TOKENS)
