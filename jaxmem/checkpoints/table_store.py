@@ -266,29 +266,46 @@ class TableStore:
         self._forget()
 
     def _commit(self, write, step: int | None, **changes: Any) -> None:
-        numbers = self._versions.numbers()
-        steps = {name: number for name, number in self._about["steps"].items() if number in numbers}
-        steps |= {} if step is None else {str(step): self._number + 1}
-        about = {**self._about, **changes, "steps": steps}
+        """What one commit reads and writes does not grow with those before it, but for the names of the steps."""
+        self._expect_no_other()
+        steps = self._about["steps"] | ({} if step is None else {str(step): self._number + 1})
+        about = {**self._about, **changes, "steps": steps, "version": self._number + 1, "mark": os.urandom(8).hex()}
 
         def write_all(store: "ts.KvStore") -> None:
             write(store)
             store.write(_ABOUT, sealed(about)).result()
 
         try:
-            self._versions.commit(write_all, after=self._number)
+            number = self._versions.commit(write_all, after=self._number)
         except CheckpointError as error:  # a chunk of which some rows are written is read before
+            self._forget()
             if _CHUNK.search(str(error.__cause__)):
                 raise self._damaged(error.__cause__) from error
             raise
-        finally:
+        if self._read_about(number) != about:
             self._forget()
+            raise self._another_writer()
+        self._opened, self._number, self._about, self._as_written = {}, number, about, about
+
+    def _expect_no_other(self) -> None:
+        """Raises CheckpointError if another program has written since this read what is there."""
+        if self._read_about(None) != self._as_written:
+            self._forget()
+            raise self._another_writer()
+
+    def _another_writer(self) -> CheckpointError:
+        return CheckpointError(
+            f"table {self.directory}: needs one writer at a time, got another's version {self._number}; "
+            "open it again, or stop the other"
+        )
 
     def _forget(self) -> None:
         """What was read of the newest version."""
         self._opened: dict[tuple[str, int | None], ts.TensorStore] = {}
-        self._number = self._versions.numbers()[-1]
-        self._about = self._read_about(None)
+        numbers = self._versions.numbers()
+        self._number, self._about = numbers[-1], self._read_about(None)
+        steps = {step: number for step, number in self._about["steps"].items() if number in set(numbers)}
+        self._as_written, self._about = self._about, {**self._about, "steps": steps}
 
     def _read_about(self, version: int | None) -> dict[str, Any]:
         try:
