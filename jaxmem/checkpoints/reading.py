@@ -57,7 +57,6 @@ def read_run_config(directory: str | os.PathLike, step: int | None = None) -> di
     Raises: as `load_checkpoint`.
     """
 
-
     def read() -> dict[str, Any]:
         found, _ = _newest_intact(directory, step)
         return read_json(absolute(directory) / str(found), RUN_CONFIG)
@@ -88,7 +87,7 @@ def load_checkpoint(
 
 
 def again_if_gone(directory: str | os.PathLike, read: Callable[[], Read]) -> Read:
-    """What `read` returns, anew where it fails while a checkpoint disappears, as beside a run that keeps the last one only."""
+    """What `read` returns, anew where it fails while a checkpoint disappears, as beside a run that keeps only the last."""
     for _ in range(_READINGS):
         before = complete_steps(directory)
         try:

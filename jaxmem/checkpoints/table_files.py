@@ -1,8 +1,9 @@
 """Data files of a table that know their names, so that none is read in the place of another.
 
-Checksums of chunks and of the index find bytes that changed, but not whole files that changed places, which a restore by hand
-or a file system's repair may leave. TensorStore reads ranges of bytes, so that a line behind them is free: behind each file, when
-its commit is done, stand its own name and a checksum. A file without one, of a killed commit or an older jaxmem, counts as itself.
+Checksums of chunks and of the index find bytes that changed, but not whole files that changed places, which a restore by
+hand or a file system's repair may leave. TensorStore reads ranges of bytes, so that what stands behind them is free: when the
+commit of a file is done, its own name and a checksum are put there. A file without, of a killed commit or an older jaxmem, is
+taken for itself.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ MOST_VERSIONS = 2**16 - 1
 _CONFIG = {"max_decoded_node_bytes": 2**16, "version_tree_arity_log2": 16}
 """A commit writes the nodes above what it changes: small ones, of a few hundred entries. Places of 2**16 versions."""
 _PIECE_BYTES = 2**28  # moved in one commit
-_FILES = "d"
+FILES = "d"
 _NOWHERE = "value:::0:0"
 
 
@@ -60,7 +60,7 @@ class Versions:
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory).expanduser().resolve()
         self._nodes: dict[str, _Node] = {}
-        self._files = NamedFiles(self.directory / _FILES)
+        self._files = NamedFiles(self.directory / FILES)
         self.refresh()
 
     def refresh(self) -> None:
@@ -129,7 +129,7 @@ class Versions:
         """Cost: reads the manifest and the sizes of files."""
         statistics = self._manifest()["versions"][-1]["root"]["statistics"]
         live = statistics["num_indirect_value_bytes"] + statistics["num_tree_bytes"]
-        with os.scandir(self.directory / _FILES) as files:
+        with os.scandir(self.directory / FILES) as files:
             return Space(live, sum(file.stat().st_size for file in files), statistics["num_keys"])
 
     def sweep(self) -> int:
@@ -140,9 +140,9 @@ class Versions:
         versions, freed = self._manifest()["versions"], 0
         needed = self._bytes_in_files(versions)
         self._nodes = {location: self._nodes[location] for location, _ in self._reached(versions)}
-        with os.scandir(self.directory / _FILES) as files:
+        with os.scandir(self.directory / FILES) as files:
             for file in files:
-                if f"{_FILES}/{file.name}" not in needed:
+                if f"{FILES}/{file.name}" not in needed:
                     freed += file.stat().st_size
                     self._files.remove([file.name])
         return freed

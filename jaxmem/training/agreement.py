@@ -73,7 +73,11 @@ def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def run_facts(config: Any, run_dir: Path, resume: bool) -> dict[str, Any]:
     """All that decides a run but its text, which takes time to read: config, folder, versions and code."""
-    folder = {"--resume": resume, "--out": str(run_dir), "checkpoints of the run": complete_steps(run_dir / "checkpoints")}
+    folder = {
+        "--resume": resume,
+        "--out": str(run_dir),
+        "checkpoints of the run": complete_steps(run_dir / "checkpoints"),
+    }
     devices = {"devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"}
     versions = {"jaxmem": jaxmem.__version__, "Python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}

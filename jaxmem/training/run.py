@@ -55,7 +55,6 @@ def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
     apart = config.checkpoint.tables == "touched"
     others, tables = TableTraining(config).split(params) if apart else (params, nnx.State({}))
 
-
     def load() -> tuple[Restored, nnx.State]:
         restored = load_checkpoint(run_dir / "checkpoints", {"params": others}, step)
         params = restored.tree["params"]
