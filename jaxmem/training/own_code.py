@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxmem.config import UnknownClass, from_json
+from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.metrics import explain_failed_write, replace_file
 
 CODE = "code"
@@ -55,18 +56,22 @@ def keep_code(run_dir: Path, config: Any, experiment: str | Path | None, step: i
     return notes
 
 
-def read_own(data: dict[str, Any], run_dir: Path, imports: Sequence[str | Path] = ()) -> Any:
+def read_own(data: dict[str, Any], run_dir: Path, imports: Sequence[str | Path] = ()) -> TrainConfig:
     """The config of a run, with the classes that the files `imports` define.
 
-    Raises: ValueError for a class that is nowhere; it names the file that is needed.
+    Raises: ValueError for a class that is nowhere, naming the file that is needed; for what is no config, naming config.json.
     """
     own = [import_file(path) for path in imports]
+    where = run_dir / "config.json"
     try:
-        return from_json(data, own)
+        config = from_json(data, own)
+        if not isinstance(config, TrainConfig):
+            raise ValueError(f"config: needs that of a run, got a {type(config).__name__}; put back the file")
+        return config
     except UnknownClass as error:
         module, _, name = error.name.rpartition(".")
         if not module or module.startswith("jaxmem."):
-            raise
+            raise ValueError(f"{where}: {error}") from error
         copies = sorted((run_dir / CODE).rglob("*.py"))
         defining = [path for path in copies if re.search(rf"^class {name}\b", path.read_text(errors="replace"), re.M)]
         if got := ", ".join(map(str, imports)):
@@ -80,6 +85,8 @@ def read_own(data: dict[str, Any], run_dir: Path, imports: Sequence[str | Path] 
             f"run: needs the class {error.name}, got {got or f'no file that defines it in {run_dir / CODE}'}; "
             f"find the file {module.replace('.', '/')}.py with which the run was made and add --import FILE"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def import_file(path: str | Path) -> ModuleType:
