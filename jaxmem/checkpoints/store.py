@@ -142,7 +142,7 @@ class CheckpointStore:
             RUN_CONFIG: self._run_config,
             DATA_STATE: json.loads(json.dumps(data_state)),  # a copy: the iterator moves on while this is written
             METRIC: {"metric": metric},
-            CHECKSUMS: {},  # filled when the others are on disk
+            CHECKSUMS: {"step": step},  # and more when the others are on disk
         }
         items = {ARRAYS: ocp.args.PyTreeSave(named_leaves(tree))}
         items |= {name: ocp.args.JsonSave(value) for name, value in json_items.items()}

@@ -143,13 +143,10 @@ class SequenceMixer(nnx.Module):
 
         Raises: ValueError for a negative batch, a capacity below 1, a dtype that is none of floats.
         """
-        for name, value, least in (("batch", batch, 0), ("capacity", capacity, 1)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least
-            ):
-                raise ValueError(
-                    f"{self.what}: needs {name} >= {least}, got {name}={value!r}; pass a whole number to init_state"
-                )
+        for name, value, least in (("batch", batch, 0), ("capacity", 1 if capacity is None else capacity, 1)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                got = f"{name} {said(value)}" if hasattr(value, "shape") else f"{name}={value!r}"
+                raise ValueError(f"{self.what}: needs {name} >= {least}, got {got}; pass a whole number to init_state")
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{self.what}: needs a dtype of floats for its state, got dtype={dtype!r}; use that of x")
         return self.empty_state(batch, capacity, dtype)
@@ -248,7 +245,7 @@ def init_cursor(batch: int) -> Cursor:
 
 
 def advance(
-    cursor: Cursor, segment_ids: Int[Array, "B T"] | None, n_tokens: int, what: str = "segment_ids"
+    cursor: Cursor, segment_ids: Int[Array, "B T"] | None, n_tokens: int, what: str = "mixer"
 ) -> tuple[Tokens, Cursor]:
     """Reads the next `n_tokens` of every row: what is known of them, and the cursor behind them.
 

@@ -190,12 +190,12 @@ class Decoder(nnx.Module):
         self._require_call(tokens, state, segment_ids, positions)
         if not tokens.size:
             return self._of_nothing(tokens, state, with_use)
-        if segment_ids is not None:  # what stands in padding is no token
-            tokens = jnp.where(segment_ids == 0, 0, tokens)
         layout = current_rules().layout
         tokens, segment_ids, positions = (
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
+        if segment_ids is not None:  # what stands in padding is no token
+            tokens = jnp.where(segment_ids == 0, 0, tokens)
         documents = {"segment_ids": segment_ids, "positions": positions}
         if state is None:  # once, and not in every layer
             documents["read"] = advance(init_cursor(tokens.shape[0]), segment_ids, tokens.shape[1])
@@ -227,10 +227,11 @@ class Decoder(nnx.Module):
                 require_per_token("Decoder", name, array, tokens.shape)
         if segment_ids is not None:
             require_padding_behind("Decoder", segment_ids)
-        if state is not None and (type(state) is not tuple or len(state) != len(self.blocks)):
+        n = len(self.blocks)
+        if state is not None and (type(state) is not tuple or len(state) != n):
             raise ValueError(
-                f"Decoder: needs a state with one entry per mixer of the pattern, {len(self.blocks)}, "
-                f"got state {said(state)}; pass what init_state or a call of this decoder returned, and others by name"
+                f"Decoder: needs a state with one entry per mixer of the pattern, {n}, got state {said(state)}; "
+                "pass what init_state or a call of this decoder returned, and segment_ids and positions by name"
             )
 
     def _of_nothing(self, tokens, state, with_use: bool):

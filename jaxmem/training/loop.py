@@ -20,7 +20,7 @@ from rich.console import Console
 from jaxmem.checkpoints import CheckpointError, CheckpointStore
 from jaxmem.config import to_json
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
-from jaxmem.sharding import current_rules, make_mesh, use_mesh
+from jaxmem.sharding import make_mesh, use_mesh
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
 from jaxmem.training import rates
@@ -39,6 +39,7 @@ from jaxmem.training.placement import (
     gather_states,
     on_devices,
     on_mesh,
+    require_fit,
     scatter_state,
     share_of_rows,
     to_host,
@@ -182,9 +183,7 @@ class _Run:
         self.share, self.place = share_of_rows(mesh), on_mesh(mesh)
         self.pieces = training_pieces(config.data, tokenizer)
         self.heldout = heldout_pieces(config.data, tokenizer)
-        if mesh is not None:  # says now that the batch cannot be split, not when all is compiled
-            rows = config.data.batch_size // config.accumulate
-            current_rules().spec(("batch",), "activations", (rows,), mesh)
+        require_fit(config, mesh)
         self.train_step = self._compiled_step(config)
         self.eval_step = jax.jit(make_eval_step(config.model))
 

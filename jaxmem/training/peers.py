@@ -25,7 +25,7 @@ JOIN_SECONDS = "JAXMEM_JOIN_SECONDS"
 """Environment variable: how long to wait for the other processes at the start; 60 if not set."""
 BEAT_S, LOST_S, SUSPECTED_S = 1.0, 30.0, 6.0
 """Between signs of life; without one, how long until a process counts as lost, also when an exchange has failed already."""
-_HEARTBEAT_S = 50  # JAX's own, which aborts: later than ours
+_HEARTBEAT_S = 100  # of JAX, which aborts: later than ours
 _SHUTDOWN_S = 3600  # the first process writes the report while the others wait
 _KEYS = "jaxmem/peers"
 _EXCHANGE_FAILED = re.compile(

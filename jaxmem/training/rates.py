@@ -18,7 +18,7 @@ from jaxmem.training.optimizer import OptimizerConfig, rate_of
 
 FIELDS = ("on_new_steps", "continued")
 """Fields of an `OptimizerConfig` that say what to do here, and may differ from those of the run that is resumed."""
-SAME = 1e-3
+SAME = 5e-3
 """Rates nearer to each other than this part of them are told as the same."""
 
 
@@ -74,11 +74,12 @@ def describe(after: OptimizerConfig, steps: int, before: OptimizerConfig, until_
     if steps == until_now and math.isclose(new, as_planned, rel_tol=SAME):
         return None
     said = f"learning rate: {last:.3g} in step {step}, the last one made, and {new:.3g} in step {step + 1}"
-    jumps = last > 0 and not math.isclose(new, as_planned, rel_tol=SAME)
+    goes_on = bool(after.continued) and after.continued[-1] == (step, until_now) and steps != until_now
+    jumps = last > 0 and not goes_on and not math.isclose(new, as_planned, rel_tol=SAME)
     said += f", {new / last:.2g} times as high" if jumps else ""
     if steps == until_now:
         return f"{said}: optimizer.learning_rate or its schedule was changed"
-    if len(after.continued) > 0 and after.continued[-1][0] == step:
+    if goes_on:
         return f"{said}: it goes on from the rate reached, {_ahead(after, steps, step)}"
     said += f": the schedule is that of a run of {steps} steps now, not {until_now}, {_ahead(after, steps, step)}"
     if jumps and after.on_new_steps == "restate":

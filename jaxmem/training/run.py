@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jaxmem.checkpoints import complete_steps, load_checkpoint, read_run_config
+from jaxmem.checkpoints import Restored, again_if_gone, complete_steps, load_checkpoint, read_run_config
 from jaxmem.models.decoder import Decoder
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.training.experiment import TrainConfig
@@ -49,7 +49,7 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
             f"run: needs a folder with a run, got {str(run_dir)!r} without config.json; "
             "name the --out of `jaxmem train`, e.g. runs/quickstart"
         )
-    saved, notes = _config(run_dir, step)
+    saved, notes = again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))
     config = read_own(saved, run_dir, imports)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -60,10 +60,15 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
     params = jax.eval_shape(lambda: init_state(config)).params
     apart = config.checkpoint.tables == "touched"
     others, tables = TableTraining(config).split(params) if apart else (params, nnx.State({}))
-    restored = load_checkpoint(run_dir / CHECKPOINTS, {"params": others}, step)
-    params = restored.tree["params"]
-    if tables:
-        params = nnx.merge_state(params, TableCheckpoints(run_dir / TABLES, config).load(restored.step, tables))
+
+    def load() -> tuple[Restored, nnx.State]:
+        restored = load_checkpoint(run_dir / CHECKPOINTS, {"params": others}, step)
+        params = restored.tree["params"]
+        if tables:
+            params = nnx.merge_state(params, TableCheckpoints(run_dir / TABLES, config).load(restored.step, tables))
+        return restored, params
+
+    restored, params = again_if_gone(run_dir / CHECKPOINTS, load)  # its tables too
     model = merge(config.model, params)
     return LoadedRun(
         config, model, tokenizer, restored.step, [*(f"passed over: {note}" for note in restored.notes), *notes]
