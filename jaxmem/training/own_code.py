@@ -4,7 +4,6 @@ A run keeps the files that define them in RUN/code, under the names by which its
 by itself, since a run's folder may come from anywhere: who trusts it passes a file of it to `--import`.
 """
 
-import contextlib
 import importlib
 import importlib.util
 import re
@@ -15,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxmem.config import UnknownClass, from_json
-from jaxmem.training.experiment import TrainConfig
+from jaxmem.training.experiment import TrainConfig, explained, found_beside
 from jaxmem.training.metrics import explain_failed_write, replace_file
 
 CODE = "code"
@@ -106,25 +105,11 @@ def import_file(path: str | Path) -> ModuleType:
     try:
         with found_beside(path):
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_new:
             del sys.modules[path.stem]
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        missing = f"; put {error.name}.py beside it" if isinstance(error, ModuleNotFoundError) else "; correct it"
-        raise ValueError(f"import: needs a Python file that runs, got {str(path)!r} ({what}){missing}") from error
+        raise ValueError(explained(error, path)) from error
     return module
-
-
-@contextlib.contextmanager
-def found_beside(path: Path) -> Iterator[None]:
-    """Modules in the folder of a file can be imported, as when Python is started with that file."""
-    folder = str(path.resolve().parent)
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
 
 
 def _types(config: Any) -> Iterator[str]:

@@ -15,7 +15,7 @@ from jaxmem import cli
 from jaxmem.checkpoints import CheckpointStore
 from jaxmem.config import to_json
 from jaxmem.training.experiment import load_experiment
-from jaxmem.training.own_code import found_beside, import_file, keep_code
+from jaxmem.training.own_code import import_file, keep_code
 from jaxmem.training.step import init_state
 
 OWN = """
@@ -64,8 +64,7 @@ def run_dir(tmp_path, monkeypatch):
     (tmp_path / "there" / "own_helper.py").write_text(HELPER)
     shutil.copy(Path(__file__).with_name("tiny.py"), tmp_path / "there")
     forget_modules()
-    with found_beside(experiment):
-        config = load_experiment(experiment)
+    config = load_experiment(experiment)
     abstract = {"params": jax.eval_shape(lambda: init_state(config)).params}
     draw = np.random.default_rng(0).normal
     arrays = jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), leaf.dtype), abstract)
@@ -133,12 +132,13 @@ def test_a_file_of_another_name_serves_too(run_dir, tmp_path):
         (("--import", "run"), "import: needs a Python file, got 'run'; name one that ends in .py"),
         (
             ("--import", "alone.py"),
-            "import: needs a Python file that runs, got 'alone.py' (ModuleNotFoundError: No module named 'own_helper'); "
-            "put own_helper.py beside it",
+            "experiment alone.py, line 4: needs a file that runs without an error, got ModuleNotFoundError: No module named "
+            "'own_helper'; install own_helper, or put own_helper.py beside it",
         ),
         (
             ("--import", "wrong.py"),
-            "import: needs a Python file that runs, got 'wrong.py' (ZeroDivisionError: division by zero); correct it",
+            "experiment wrong.py, line 1: needs a file that runs without an error, got ZeroDivisionError: division by zero; "
+            "correct it",
         ),
     ],
 )
