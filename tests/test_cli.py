@@ -336,16 +336,65 @@ def test_what_cannot_be_generated_is_one_sentence(words, message, written_run, c
     assert sentence.startswith("jaxmem: ") and re.search(message, sentence), sentence
 
 
-def test_a_vocabulary_that_does_not_match_the_checkpoint(written_run, capfd):
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (
+            '"vocab_size": 512',
+            "run/config.json is not the checkpoint's, which counts (model.vocab_size: checkpoint 256, ",
+        ),
+        ("", "run: needs a JSON object in run/config.json, got an empty file: the checkpoint's own copy is used"),
+        ("[1, 2", "run: needs a JSON object in run/config.json, got other text (Expecting ',' delimiter: "),
+        ("[1]", "run: needs a JSON object in run/config.json, got a list: the checkpoint's own copy is used"),
+        ("\0\xff", "run: needs a JSON object in run/config.json, got other text ("),
+        (None, "run: needs a JSON object in run/config.json, got none (No such file or directory): "),
+    ],
+    ids=["another vocabulary", "empty", "cut", "a list", "binary", "missing"],
+)
+def test_a_checkpoint_knows_its_model_whatever_config_json_says(text, told, written_run, capsys):
+    file = written_run / "config.json"
+    whole = file.read_text()
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(whole.replace('"vocab_size": 256', text) if "vocab" in text else text)
+    assert run("generate", "run", "--max-tokens", 1) == 0
+    assert capsys.readouterr().err.splitlines()[0].startswith(told)
+    shutil.rmtree(written_run / "checkpoints")
+    if text is not None and "vocab" not in text:
+        assert run("generate", "run") == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert sentence.startswith(f"jaxmem: {told.partition(': the')[0]}") and sentence.endswith(
+            "put it back, or remove it"
+        )
+
+
+def test_a_config_with_text_for_a_number_is_named(written_run, capfd):
     config = json.loads((written_run / "config.json").read_text())
-    config["model"]["vocab_size"] = 512
-    (written_run / "config.json").write_text(json.dumps(config))
-    assert run("generate", "run") == 2
-    (sentence,) = capfd.readouterr().err.splitlines()
-    assert (
-        "2: needs the arrays of this model, got params/embedding/table: checkpoint float32[256, 16], model" in sentence
+    shutil.rmtree(written_run / "checkpoints")
+    for change in ({"steps": "NaN"}, {"type": 7}, {"model": "NaN"}, {"type": "jaxmem.sharding.mesh.MeshConfig"}):
+        (written_run / "config.json").write_text(json.dumps(config | change))
+        assert run("generate", "run") == 2
+        (sentence,) = capfd.readouterr().err.splitlines()
+        assert "run/config.json" in sentence, sentence
+
+
+def test_what_a_reader_no_longer_wants_is_no_error(folder):
+    """As with `| head`: the first write, or the last when the program ends, finds nobody."""
+    for words in (("info", "quickstart"), ("--help",)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "jaxmem.cli", *words]
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+        os.close(writer)
+        assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_command_in_a_message_has_no_place_for_what_it_adds():
+    words = (
+        "train x.py --resume --optimizer.learning_rate=1 --from-step 3 --steps 9 --optimizer.learning-rate 2 --out a b"
     )
-    assert "use the configuration saved in the checkpoint" in sentence
+    assert cli._without_resume(words.split()) == "jaxmem train x.py --steps 9 --out a b"
 
 
 def test_a_failure_is_1_and_ctrl_c_is_130(folder, capsys, monkeypatch):
