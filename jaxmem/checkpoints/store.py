@@ -30,32 +30,27 @@ from jaxmem.checkpoints.reading import (
     named_leaves,
     saved_metrics,
 )
+from jaxmem.fields import Count, Natural, checked
 
 _RETIRED = "retired"
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class CheckpointConfig:
     """When to save and what to keep; a checkpoint stays if it is among the last or among the best.
 
     Raises: ValueError for less than one step or one last checkpoint, and for a negative number of best ones.
     """
 
-    every_steps: int = 1000
-    keep_last: int = 3
-    keep_best: int = 1
+    every_steps: Count = 1000
+    keep_last: Count = 3
+    keep_best: Natural = 1
     """By the lowest metric, of those that have one."""
     checksum_arrays: bool = True
     """Read every file once more for its CRC-32, about a second per GB; if False, only sizes above 1 MiB."""
     tables: Literal["whole", "touched"] = "whole"
     """Memory tables as all else, or of them and their moments only the rows that changed since the checkpoint before."""
-
-    def __post_init__(self):
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"checkpoints: needs {name} of at least {least}, got {name}={value}; raise it")
-        if self.tables not in ("whole", "touched"):
-            raise ValueError(f"checkpoints: needs tables to be whole or touched, got tables={self.tables!r}; change it")
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from jaxmem.fields import Count, checked
 from jaxmem.pallas_kernels.block_spans import sees_all, spans
 from jaxmem.pallas_kernels.flash_attention import flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place
@@ -25,12 +26,13 @@ from jaxmem.planning.tpu import devices, environment, full_name
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Problem:
     """Causal attention in bf16."""
 
-    heads: int = 8
-    tokens: int = 8192
-    width: int = 128
+    heads: Count = 8
+    tokens: Count = 8192
+    width: Count = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,28 +3,31 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh
 
+from jaxmem.fields import Bounds, checked
 from jaxmem.sharding.device_order import arrange
 
 MESH_AXES = ("data", "fsdp", "seq", "model")
 Layout = Literal["contiguous", "zigzag", "striped"]
+Devices = Annotated[int, Bounds("[-1, inf)")]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MeshConfig:
     """How many devices stand along each mesh axis; at most one size may be -1, "all devices that are left"."""
 
-    data: int = -1
+    data: Devices = -1
     """Copies of the model, each with its own rows of the batch."""
-    fsdp: int = 1
+    fsdp: Devices = 1
     """Devices over which parameters *and* the batch are split; parameters are gathered when used."""
-    seq: int = 1
+    seq: Devices = 1
     """Devices over which the sequence is split."""
-    model: int = 1
+    model: Devices = 1
     """Devices over which heads, ffn width and vocabulary are split."""
     layout: Layout = "contiguous"
     """Which tokens a device of `seq` holds (`jaxmem.sharding.layouts`); a balanced one is for attention only."""
@@ -37,7 +40,7 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = self.sizes
-        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        if 0 in sizes or sizes.count(-1) > 1:
             raise ValueError(
                 "mesh: needs positive sizes with at most one -1 (the devices left over), "
                 f"got {dict(zip(MESH_AXES, sizes, strict=True))}; change the sizes"

@@ -17,11 +17,12 @@ import functools
 import os
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxmem.fields import Bounds, Count, Seed, checked
 from jaxmem.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from jaxmem.training.formats import Formats
 from jaxmem.training.heldout import hold_out
@@ -43,6 +44,7 @@ WITHOUT_TOKEN = 4096
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DataConfig:
     """Which text, how it is split, and the shape of a batch.
 
@@ -54,7 +56,7 @@ class DataConfig:
     """Folders, files or globs (`**` crosses folders). By extension .jsonl, .array_record, all else one text a file."""
     heldout: tuple[str, ...] = ()
     """The same for evaluation; its files are left out of training. Empty: a fraction of the training data."""
-    heldout_fraction: float = 0.05
+    heldout_fraction: Annotated[float, Bounds("[0, 1)")] = 0.05
     """If `heldout` is empty, the share of bytes that is held out: of files, documents, or one (`heldout.py`); 0: none."""
     exclude: tuple[str, ...] = ()
     """Patterns as in .gitignore, matched against paths below the folders above."""
@@ -62,32 +64,18 @@ class DataConfig:
     """Where the text is in a JSON object, in .jsonl and .array_record."""
     tokenizer: str = "bytes"
     """"bytes", or the path of a tokenizer.json."""
-    context_tokens: int = 1024
+    context_tokens: Annotated[int, Bounds("[4, inf)")] = 1024
     """Targets in a row; a row has one token more."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows of a batch, over all processes."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the shuffle."""
-    read_threads: int = 0
+    read_threads: Annotated[int, Bounds("[0, 1024]")] = 0
     """Threads that read and tokenise ahead. 0 is the fastest on a local disk; storage with latency needs some."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "heldout", "exclude"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(
-                    f"data: needs a tuple of paths or patterns, got {name}={getattr(self, name)!r}; "
-                    f"write ({getattr(self, name)!r},)"
-                )
-        for name, valid, condition in (
-            ("train", len(self.train) > 0, "at least one folder, file or glob to train on"),
-            ("heldout_fraction", 0 <= self.heldout_fraction < 1, "a fraction in [0, 1)"),
-            ("context_tokens", self.context_tokens >= 4, "at least 4 tokens of context, the bytes of a character"),
-            ("batch_size", self.batch_size >= 1, "at least one row in a batch"),
-            ("read_threads", self.read_threads >= 0, "no or some threads"),
-            ("seed", 0 <= self.seed < 2**32, "a seed in [0, 2**32)"),
-        ):
-            if not valid:
-                raise ValueError(f"data: needs {condition}, got {name}={getattr(self, name)!r}; change {name}")
+        if not self.train:
+            raise ValueError("DataConfig: needs at least one folder, file or glob to train on, got train=(); name one")
 
 
 class Text(NamedTuple):

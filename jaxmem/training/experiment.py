@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from jaxmem.checkpoints import CheckpointConfig
+from jaxmem.fields import Count, Natural, NonNegative, Seed, checked
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig
 from jaxmem.training.data import DataConfig
@@ -13,38 +14,36 @@ from jaxmem.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class TrainConfig:
     """A training run, resolved: the same config on the same machine and versions gives the same parameters, bit for bit."""
 
     model: DecoderConfig
     data: DataConfig
     optimizer: OptimizerConfig
-    steps: int
+    steps: Count
     """Updates of the parameters."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts of a batch whose gradients are added up before an update; divides the batch."""
-    load_balance: float = 0.01
+    load_balance: NonNegative = 0.01
     """Weight of the routers' load-balancing loss."""
-    core_rank_penalty: float = 0.0
+    core_rank_penalty: NonNegative = 0.0
     """Weight of what keeps the Tucker cores of UltraMem's keys near rank 1 (`tucker_keys.rank_penalty`)."""
-    z_loss: float = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of the squared log-partition of the output."""
-    eval_every_steps: int = 500
+    eval_every_steps: Count = 500
     """Held-out evaluation; one more comes at the end."""
-    eval_bytes: int | None = None
+    eval_bytes: Count | None = None
     """Held-out bytes per evaluation on the way; None is all. The last evaluation takes all."""
     sample_prompt: str = ""
     """What the trained model continues for the report."""
-    sample_tokens: int = 0
-    seed: int = 0
+    sample_tokens: Natural = 0
+    seed: Seed = 0
     """Of the initial parameters."""
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "eval_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: needs {name} >= 1, got {name}={getattr(self, name)}; change it")
         if self.data.batch_size % self.accumulate:
             raise ValueError(
                 "TrainConfig: needs data.batch_size divisible by accumulate, "

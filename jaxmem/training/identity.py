@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.training.data import Text
+from jaxmem.training.resume import has_begun
 
 TOKENIZER_FILE = "tokenizer.json"
 PROBE_BYTES = 1 << 16
@@ -62,18 +63,21 @@ def tokenizer_of_run(spec: str, run_dir: Path) -> Tokenizer:
     return load_tokenizer(str(kept) if spec != "bytes" and kept.exists() else spec)
 
 
-def same_tokenizer(spec: str, run_dir: Path) -> Tokenizer:
-    """The tokenizer of a run that goes on.
+def tokenizer_to_train_with(spec: str, run_dir: Path, resume: bool) -> Tokenizer:
+    """The tokenizer of a new run, or of one that goes on.
 
-    Raises: ValueError if what the config names is another one now; that it is gone does not matter.
+    Raises: ValueError as `load_tokenizer`, and if what the config of a resumed run names is another one now; that it is
+      gone does not matter.
     """
+    if not (resume and has_begun(run_dir)):
+        return load_tokenizer(spec)
     tokenizer = tokenizer_of_run(spec, run_dir)
-    if spec != "bytes" and os.path.exists(os.path.expanduser(spec)):
-        if load_tokenizer(spec).content != tokenizer.content:
-            raise ValueError(
-                f"resume: needs the tokenizer of the run in {str(run_dir)!r}, got tokenizer={spec!r} with other contents; "
-                f"put back the file of which {TOKENIZER_FILE} there is a copy, or start a new run with --out"
-            )
+    there = spec != "bytes" and os.path.exists(os.path.expanduser(spec))
+    if there and load_tokenizer(spec).content != tokenizer.content:
+        raise ValueError(
+            f"resume: needs the tokenizer of the run in {str(run_dir)!r}, got tokenizer={spec!r} with other contents; "
+            f"put back the file of which {TOKENIZER_FILE} there is a copy, or start a new run with --out"
+        )
     return tokenizer
 
 

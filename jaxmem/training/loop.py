@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxmem.checkpoints import CheckpointStore, complete_steps, config_differences
+from jaxmem.checkpoints import CheckpointStore
 from jaxmem.config import to_json
-from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
+from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.sharding import current_rules, make_mesh, use_mesh
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
-from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
+from jaxmem.training.clock import Clock
+from jaxmem.training.data import heldout_batches, read_text, train_batches
 from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.finish import finish
-from jaxmem.training.metrics import MetricsWriter, read_metrics, replace_file
+from jaxmem.training.identity import check_identity, data_identity, keep_tokenizer, tokenizer_to_train_with
+from jaxmem.training.metrics import MetricsWriter, replace_file
+from jaxmem.training.not_finite import NotFinite, describe_not_finite
 from jaxmem.training.placement import (
     any_process,
     gather_states,
@@ -39,23 +40,16 @@ from jaxmem.training.placement import (
     to_host,
 )
 from jaxmem.training.progress import Progress
+from jaxmem.training.resume import check_run_dir
+from jaxmem.training.signals import Stop, stop_on_signals
 from jaxmem.training.step import StepMetrics, TrainState, init_state, make_train_step, shifted
 from jaxmem.training.table_checkpoints import TableCheckpoints
-from jaxmem.training.tables import TABLES
-
-MAY_CHANGE = ("steps", "checkpoint", "mesh", "eval_every_steps", "eval_bytes", "sample_prompt", "sample_tokens")
-"""Fields of a TrainConfig that a resumed run may change."""
-
 
 STEPS_BETWEEN_STOPS = 16
 """With several processes, a signal stops the run at a multiple of this many steps, on which all agree."""
 
 Metrics = MetricsWriter | None
 """The writer of the first process; the others write nothing."""
-
-
-class NotFinite(RuntimeError):
-    """The loss or a gradient became NaN or infinite; the message says when and where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +73,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
       CheckpointError: a checkpoint could not be written; earlier ones are intact.
     """
     run_dir = Path(run_dir)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_to_train_with(config.data.tokenizer, run_dir, resume)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"train: needs model.vocab_size of at least the tokenizer's {tokenizer.vocab_size}, "
@@ -99,10 +93,11 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
             if resume and not first:
                 notes.append(f"no checkpoint in {run_dir} to resume from: starting at step 0")
             if is_main:
+                keep_tokenizer(tokenizer, config.data.tokenizer, run_dir)
                 replace_file(run_dir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
             metrics = stack.enter_context(MetricsWriter(run_dir, first)) if is_main else None
             progress = stack.enter_context(Progress(config.steps, first, None if is_main else Console(quiet=True)))
-            for line in (f"training data: {run.pieces.report}", f"held-out data: {run.heldout.report}", *notes):
+            for line in (*run.reports(), *notes):
                 progress.say(line)
             state, evaluation, stopped = run.steps(state, batches, store, stop, metrics, progress)
             step = int(state.step)
@@ -113,70 +108,13 @@ def train(config: TrainConfig, run_dir: str | Path, *, resume: bool = False) -> 
                 return Outcome(step, stopped=True)
             if evaluation is None:
                 evaluation = run.evaluate(state, None)
-        for failed in (pieces.report for pieces in (run.pieces, run.heldout) if pieces.report.failed_reads):
-            progress.say(f"some text could not be read again: {failed}")
+        for report in run.failed_reads():
+            progress.say(f"some text could not be read again, or was not the same, and was left out: {report}")
         params = to_host(state.params)
         if metrics is not None:
             summary = finish(config, tokenizer, params, run.heldout, evaluation, metrics, run_dir, began)
             progress.say(summary)
     return Outcome(step, stopped=False)
-
-
-def check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises ValueError for a folder that holds a run that `config` would neither start nor go on with."""
-    if not has_begun(run_dir):
-        return
-    if not resume:
-        raise ValueError(
-            f"train: needs a new folder for a new run, got {str(run_dir)!r} with one in it; "
-            "add --resume to go on with it, or name another with --out"
-        )
-    saved_config = run_dir / "config.json"
-    if not saved_config.exists():
-        return  # what is in the checkpoint is compared when it is restored
-    before, now = json.loads(saved_config.read_text()), to_json(config)
-    for name in MAY_CHANGE:
-        before.pop(name, None), now.pop(name, None)
-    if differences := config_differences(before, now):
-        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
-        raise ValueError(
-            f"resume: needs the config of the run in {str(run_dir)!r}, got another: {shown}; "
-            "use the same experiment and options, or start a new run with --out"
-        )
-
-
-def has_begun(run_dir: Path) -> bool:
-    """Whether a run in this folder made a step; one that found its input wrong, say, leaves nothing to lose."""
-    with contextlib.suppress(FileNotFoundError):
-        return bool(complete_steps(run_dir / "checkpoints") or read_metrics(run_dir))
-    return False
-
-
-class _Stop:
-    """Whether a signal asked the run to stop, and which."""
-
-    def __init__(self):
-        self.by: signal.Signals | None = None
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[_Stop]:
-    """Notes the first SIGTERM or Ctrl-C instead of dying of it; a second one acts as usual."""
-    stop = _Stop()
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number, frame):
-        stop.by = signal.Signals(number)
-        for noted, handler in usual.items():
-            signal.signal(noted, handler)
-
-    for number in usual:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 class _Run:
@@ -187,8 +125,10 @@ class _Run:
         self.tables = TableCheckpoints(run_dir / "tables", config) if touched else None
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.share, self.place = share_of_rows(mesh), on_mesh(mesh)
-        self.pieces = training_pieces(config.data, tokenizer)
-        self.heldout = heldout_pieces(config.data, tokenizer)
+        text = read_text(config.data, tokenizer)
+        self.pieces, self.heldout = text
+        self.identity = data_identity(text, tokenizer)
+        self.told_of_failures = False
         if mesh is not None:  # says now that the batch cannot be split, not when all is compiled
             rows = config.data.batch_size // config.accumulate
             current_rules().spec(("batch",), "activations", (rows,), mesh)
@@ -209,11 +149,7 @@ class _Run:
             return state, batches, []
         abstract = on_devices(jax.eval_shape(fresh), self.mesh)
         restored = store.restore(abstract._asdict() if self.tables is None else self.tables.rest(abstract))
-        if restored.data_state["fingerprint"] != self.pieces.fingerprint:
-            raise ValueError(
-                f"resume: needs the training data that the checkpoint of step {restored.step} was made with, "
-                "got other files or texts; put them back, or start a new run with --out"
-            )
+        check_identity(restored.data_state.get("data"), self.identity, restored.step)
         if restored.step > self.config.steps:
             raise ValueError(
                 f"resume: needs at least the {restored.step} steps that the checkpoint has made, "
@@ -225,13 +161,13 @@ class _Run:
         return state, batches, [*notes, f"resumed from the checkpoint of step {restored.step}"]
 
     def steps(
-        self, state: TrainState, batches, store: CheckpointStore, stop: _Stop, metrics: Metrics, progress: Progress
+        self, state: TrainState, batches, store: CheckpointStore, stop: Stop, metrics: Metrics, progress: Progress
     ) -> tuple[TrainState, Evaluation | None, bool]:
         """Steps to the end or to a signal; each is read back when the next is on its way, so that neither waits.
 
         Returns the state, the evaluation of that state if there was one, and whether a signal stopped it.
         """
-        config, clock, pending, evaluation, stopping = self.config, _Clock(), None, None, False
+        config, clock, pending, evaluation, stopping = self.config, Clock(), None, None, False
         step = int(state.step)
         while step < config.steps and not stopping:
             batch = next(batches)
@@ -241,7 +177,7 @@ class _Run:
             step += 1
             if pending is not None:
                 self.tell(*pending, clock, metrics, progress)
-            pending, evaluation = (step, told, self.target_bytes(batch)), None
+            pending, evaluation = (step, told), None
 
             last = step == config.steps
             evaluation_due = last or step % config.eval_every_steps == 0
@@ -253,11 +189,11 @@ class _Run:
                 pending = None
                 if evaluation_due:
                     evaluation = self.evaluate(state, None if last else config.eval_bytes)
-                    if metrics is not None:
+                    if metrics is not None and evaluation is not None:
                         metrics.write("eval", step, **dataclasses.asdict(evaluation))
                 if save_due or stopping:
                     data_state = {
-                        "fingerprint": self.pieces.fingerprint,
+                        "data": self.identity,
                         "iterators": gather_states(batches.get_state()),
                     }
                     if self.tables is not None:
@@ -268,14 +204,12 @@ class _Run:
                 clock.restart()
         return state, evaluation, stopping
 
-    def tell(
-        self, step: int, told: StepMetrics, n_bytes: int, clock: "_Clock", metrics: Metrics, progress: Progress
-    ) -> None:
+    def tell(self, step: int, told: StepMetrics, clock: "Clock", metrics: Metrics, progress: Progress) -> None:
         """Waits for a step, then writes and shows it. Raises NotFinite if it was not made."""
         told = jax.device_get(told)
         step_s, wait_s = clock.read()
         n_targets = float(told.n_targets)
-        bits_per_byte = float(told.nats) / math.log(2) / max(n_bytes, 1)
+        bits_per_byte = float(told.nats) / math.log(2) / max(int(told.n_bytes), 1)
         loss = float(told.nats) / max(n_targets, 1)
         if metrics is not None:
             metrics.write(
@@ -291,60 +225,32 @@ class _Run:
                 wait_s=wait_s,
             )
         progress.update(step, loss, bits_per_byte, n_targets / step_s)
+        if self.pieces.report.failed_reads and not self.told_of_failures:
+            self.told_of_failures = True
+            progress.say(f"step {step}: some text cannot be read again, or is not the same: {self.pieces.report}")
         if not told.finite:
             raise NotFinite(describe_not_finite(step, told))
 
-    def evaluate(self, state: TrainState, max_bytes: int | None) -> Evaluation:
+    def evaluate(self, state: TrainState, max_bytes: int | None) -> Evaluation | None:
+        """None if there is no held-out text."""
+        if self.heldout is None:
+            return None
         batches = heldout_batches(
             self.config.data, self.tokenizer, *self.share, max_bytes=max_bytes, pieces=self.heldout
         )
         step = lambda batch: self.eval_step(state.params, batch)
-        return evaluate(step, batches, self.tokenizer.token_bytes, self.config.model, self.place)
+        return evaluate(step, batches, self.config.model, self.place)
 
     def parts(self, rows: np.ndarray) -> np.ndarray:
         return rows.reshape(self.config.accumulate, -1, rows.shape[-1])
 
-    def target_bytes(self, batch: dict[str, np.ndarray]) -> int:
-        """Bytes of text that the targets of a batch stand for, on this process times the number of shares."""
-        rows = shifted(batch)
-        return int(self.tokenizer.token_bytes[rows.targets[rows.counts]].sum()) * self.share[1]
+    def reports(self) -> list[str]:
+        """A line each on the text to train on and the text held out."""
+        heldout = "none, so there is no evaluation" if self.heldout is None else self.heldout.report
+        return [f"training data: {self.pieces.report}", f"held-out data: {heldout}"]
 
-
-class _Clock:
-    """Wall seconds of each step, from when the one before was read, and how long the device had nothing to do in them."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        """What happened since the last step does not count to the next."""
-        self._last_read = time.perf_counter()
-        self._waits: list[float] = []
-
-    def dispatch(self, *, idle: bool) -> None:
-        """A step is about to be dispatched; if the device is idle, all time since the last read counts as waiting."""
-        self._waits.append(time.perf_counter() - self._last_read if idle else 0.0)
-
-    def read(self) -> tuple[float, float]:
-        """A step was read: its seconds, and those of them spent waiting, an upper bound."""
-        now = time.perf_counter()
-        step_s, self._last_read = now - self._last_read, now
-        return step_s, min(self._waits.pop(0), step_s)
-
-
-def describe_not_finite(step: int, told: StepMetrics) -> str:
-    """One sentence on what broke first: parameters that were not finite before the step, gradients, or updates."""
-    kinds = {"parameters": told.param_norms, "gradients": told.grad_norms, "updates": told.update_norms}
-    for what, norms in kinds.items():
-        groups = [group for group, norm in norms.items() if not math.isfinite(norm)]
-        if groups:
-            where = f"the {what} of " + ("all groups" if len(groups) == len(norms) else ", ".join(groups))
-            break
-    else:
-        where = "the loss alone, all parameters, gradients and updates are finite"
-    too_many = "(or raise optimizer.tables.max_rows, if the step read more) " if TABLES in where else ""
-    return (
-        f"step {step}: needs a finite loss, gradients and updates, got loss={told.nats / max(told.n_targets, 1)}, "
-        f"grad_norm={told.grad_norm}; not finite: {where}; the step was not made and the checkpoints before it are kept; "
-        f"lower optimizer.learning_rate or optimizer.clip_norm {too_many}and start from the last one"
-    )
+    def failed_reads(self) -> list[str]:
+        """What each process could not read again, every line once; all must ask."""
+        reports = [pieces.report for pieces in (self.pieces, self.heldout) if pieces is not None]
+        everyone = gather_states([str(report) for report in reports if report.failed_reads])
+        return list(dict.fromkeys(line for lines in everyone for line in lines))

@@ -30,6 +30,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.25rem 4rem; backgroun
 h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { margin: 3rem 0 1rem; font-size: 1.2rem; }
 .summary { max-width: 46rem; margin: 0; font-size: 1.15rem; }
+.warning { max-width: 46rem; margin: .8rem 0 0; color: var(--orange); }
 .missing, figcaption p, .note { color: var(--muted); font-size: .875rem; }
 .charts { columns: 26rem 2; column-gap: 1.25rem; margin-top: 2.5rem; }
 figure { break-inside: avoid; margin: 0 0 1.25rem; padding: 1.1rem 1.1rem .6rem; border-radius: .6rem;
@@ -116,7 +117,7 @@ def _read_run(run_dir: Path) -> Run:
 
 
 def _page(run: Run) -> str:
-    from jaxmem.training import memory_plots, plots
+    from jaxmem.training import memory_plots, plots, router_plots
 
     charts = {
         "comparison with compressors": plots.compressors(run.bits_per_byte, run.compression),
@@ -124,12 +125,14 @@ def _page(run: Run) -> str:
         "held-out bits per byte over training": plots.held_out(run.evals, run.compression),
         "bits per byte by position": plots.by_position(run.evals),
         "router use": plots.router_use(run.evals),
+        "memories in use of routers": router_plots.memories_in_use(run.evals),
         "memory use": memory_plots.memory_use(run.evals),
         "memory slots by rank": memory_plots.slots_by_rank(run.evals),
         "gradient norm": plots.gradient_norm(run.train),
         "time per step": plots.step_time(run.train),
     }
     missing = [name for name, chart in charts.items() if chart is None]
+    collapsed = router_plots.collapse(run.evals[-1]) if run.evals else None
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -137,6 +140,7 @@ def _page(run: Run) -> str:
             f"<title>{escape(run.name)}</title>\n<style>{CSS}</style>\n</head>\n<body>",
             f"<h1>{escape(run.name)}</h1>",
             f'<p class="summary">{escape(_summary(run))}</p>',
+            f'<p class="warning">{escape(collapsed)}</p>' if collapsed else "",
             '<section class="charts">',
             *(
                 f'<figure role="group" aria-label="{escape(chart.title)}"><figcaption><h3>{escape(chart.title)}</h3>'

@@ -10,8 +10,9 @@ from flax import nnx
 from jaxmem.checkpoints import load_checkpoint
 from jaxmem.config import from_json
 from jaxmem.models.decoder import Decoder
-from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
+from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.training.experiment import TrainConfig
+from jaxmem.training.identity import tokenizer_of_run
 from jaxmem.training.step import init_state, merge
 from jaxmem.training.table_checkpoints import TableCheckpoints
 from jaxmem.training.tables import TableTraining
@@ -45,7 +46,7 @@ def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
             "name the --out of `jaxmem train`, e.g. runs/quickstart"
         )
     config: TrainConfig = from_json(json.loads((run_dir / "config.json").read_text()))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of_run(config.data.tokenizer, run_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"run: needs a tokenizer of at most {config.model.vocab_size} tokens, got vocab_size={tokenizer.vocab_size} "

@@ -2,8 +2,9 @@
 
 A batch has A parts of [B, T] tokens, whose gradients are added up. The target at t is the token at t+1 of the same segment;
 the loss is the mean over targets of the whole batch, however it is split into parts or devices, plus the load-balancing loss
-of the routers (mean over parts) and what keeps Tucker cores near rank 1. No array of a step is as long as the sequence where
-devices share that, and none is as large as a memory table but tables and their moments, if these are updated by rows.
+of each router (mean over routers and parts) and what keeps Tucker cores near rank 1. No array of a step is as long as the
+sequence where devices share that, and none is as large as a memory table but tables and their moments, if these are updated
+by rows.
 
 If the loss, a gradient or an update is not finite, the state comes back as it was and `metrics.finite` is False.
 """
@@ -78,7 +79,7 @@ class StepMetrics(NamedTuple):
     n_bytes: Int[Array, ""]
     """Of text, over all devices; exact below 2 GiB a step."""
     load_balance: Float[Array, ""]
-    """Load-balancing loss, unweighted; top_k when even."""
+    """Mean over the routers of their load-balancing losses, unweighted; top_k when all are even."""
     grad_norm: Float[Array, ""]
     """Before clipping; memory tables are apart."""
     learning_rate: Float[Array, ""]
@@ -182,12 +183,13 @@ def router_use(state: PyTree) -> list[tuple[int, PyTree]]:
 
 
 def core_penalty(model: Decoder) -> Float[Array, ""]:
-    """`rank_penalty` of the keys that have a core, mean over the places of the pattern; 0 without any."""
+    """`rank_penalty` of the keys that have a core, mean over their layers; 0 without any."""
     cores = [block.memory.keys.core for block in model.blocks if hasattr(getattr(block.memory, "keys", None), "core")]
     return sum((rank_penalty(core[...]) for core in cores), jnp.zeros(())) / max(len(cores), 1)
 
 
 def balance_loss(config: DecoderConfig, state: PyTree) -> Float[Array, ""]:
-    """Load-balancing loss, mean over the mixtures in the pattern; 0 without one."""
+    """The mean over all layers with a router of each one's own load-balancing loss, whether layers are written out or
+    repeated; 0 without any."""
     losses = [load_balancing_loss(use, config.pattern[place].top_k) for place, use in router_use(state)]
-    return sum(losses, jnp.zeros(())) / max(len(losses), 1)
+    return jnp.mean(jnp.concatenate(losses)) if losses else jnp.zeros(())

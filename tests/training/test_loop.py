@@ -19,9 +19,11 @@ from jaxmem.models.tokenizer import load_tokenizer
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.training import loop
 from jaxmem.training.experiment import load_experiment
-from jaxmem.training.loop import NotFinite, Outcome, stop_on_signals, train
+from jaxmem.training.loop import Outcome, train
 from jaxmem.training.metrics import read_metrics
+from jaxmem.training.not_finite import NotFinite
 from jaxmem.training.run import load_run
+from jaxmem.training.signals import stop_on_signals
 from jaxmem.training.step import init_state
 
 TINY = Path(__file__).with_name("tiny.py")
