@@ -17,6 +17,7 @@ BOS_NAMES = ("<s>", "<|endoftext|>", "<bos>", "[CLS]", "<|begin_of_text|>")
 """What published vocabularies call the token before a document, in the order in which they are looked for."""
 REPLACEMENT = "\ufffd"
 """What stands for bytes that are no character, or not yet."""
+BLANK = " \t\n" + REPLACEMENT
 
 
 @runtime_checkable
@@ -52,6 +53,7 @@ class Tokenizer(Protocol):
         """The text of tokens as they arrive, in whole characters: what generation prints behind the text of `after`.
 
         decode(after) and all that is given out are decode(after + ids): the first token behind a prompt keeps its space.
+        So it does where `after` is empty and `ids` do not begin with BOS: they are the middle of a text, then.
         """
         ...
 
@@ -203,6 +205,8 @@ class FileTokenizer:
     def stream(self, ids: Iterable[SupportsIndex], after: Iterable[SupportsIndex] = ()) -> Iterator[str]:
         """Text as soon as its last character is whole; U+FFFD at the end for one that never is.
 
+        Tokens that neither stand behind others nor begin with BOS are the middle of a text, whose first space stays.
+
         What a token says may depend on those before it: the first loses a space, bytes join to a character. So it is
         decoded together with the tokens from some place before it where a character ended; from there on, one new
         token costs as much as any other.
@@ -210,6 +214,9 @@ class FileTokenizer:
         window = [int(token) for token in after]  # tokens that are decoded together
         shown, told = self._text(window), len(window)  # what has been given out of their text, and of how many
         for token in ids:
+            if not window and token != self.bos_id:
+                window = self._some_token()
+                shown, told = self._text(window), len(window)
             window.append(int(token))
             text = self._text(window)
             if text.endswith(REPLACEMENT) or len(text) <= len(shown):
@@ -221,6 +228,10 @@ class FileTokenizer:
             shown, told = text, len(window)
         if text := self._text(window)[len(shown) :]:
             yield text
+
+    def _some_token(self) -> list[int]:
+        """A token that says something by itself, or none."""
+        return next(([i] for i in np.flatnonzero(self.is_text).tolist() if self._text([i]).strip(BLANK)), [])
 
     def _text(self, ids: list[int]) -> str:
         return self.decode(ids).decode()

@@ -19,8 +19,8 @@ PROBE_BYTES = 1 << 16
 """Of training text, whose tokens are part of what is compared: another version of a library may make others."""
 
 NAMES = {
-    "train": "the training text",
-    "heldout": "the held-out text",
+    "train": "the training data",
+    "heldout": "the held-out data",
     "tokenizer": "the tokenizer",
     "tokens": "the tokens that its library makes",
 }
@@ -47,10 +47,13 @@ def check_identity(saved: dict[str, str] | None, now: dict[str, str], step: int)
             f"resume: needs a checkpoint that says what text it was made with, got that of step {step}, of an older jaxmem; "
             "finish the run with that version, or start a new one with --out"
         )
-    if changed := [NAMES[name] for name in NAMES if saved.get(name) != now[name]]:
+    changed = [name for name in NAMES if saved.get(name) != now[name]]
+    if changed[:-1]:
+        changed = [name for name in changed if name != "tokens"]  # of another text or tokenizer they are others
+    if changed:
         raise ValueError(
-            f"resume: needs the data that the checkpoint of step {step} was made with, "
-            f"got others: {' and '.join(changed)} changed; put them back, or start a new run with --out"
+            f"resume: needs {' and '.join(NAMES[name] for name in changed)} that the checkpoint of step {step} was made with, "
+            "got other contents; put them back, or start a new run with --out"
         )
 
 
