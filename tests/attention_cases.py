@@ -150,7 +150,9 @@ def on_fake_tpu(**parameters):
     """Runs the kernels of TPUs on CPU devices, with races detected."""
     pltpu.reset_tpu_interpret_mode_state()
     parameters = {"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "raise"} | parameters
-    if "on_race" in pltpu.InterpretParams.__dataclass_fields__:  # from jax 0.11 on: as before, `races_found` tells of them
+    if (
+        "on_race" in pltpu.InterpretParams.__dataclass_fields__
+    ):  # from jax 0.11 on: as before, `races_found` tells of them
         parameters = {"on_race": "warn"} | parameters
     return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**parameters))
 

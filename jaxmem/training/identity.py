@@ -22,7 +22,7 @@ NAMES = {
     "train": "the training data",
     "heldout": "the held-out data",
     "tokenizer": "the tokenizer",
-    "tokens": "the tokens that its library makes",
+    "tokens": "the version of the tokenizers library",
 }
 
 
@@ -51,8 +51,9 @@ def check_identity(saved: dict[str, str] | None, now: dict[str, str], step: int)
     if changed[:-1]:
         changed = [name for name in changed if name != "tokens"]  # of another text or tokenizer they are others
     if changed:
+        names = " and ".join(NAMES[name] for name in changed)
         raise ValueError(
-            f"resume: needs {' and '.join(NAMES[name] for name in changed)} that the checkpoint of step {step} was made with, "
+            f"resume: needs {names} that the checkpoint of step {step} was made with, "
             "got other contents; put them back, or start a new run with --out"
         )
 
