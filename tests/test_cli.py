@@ -154,7 +154,7 @@ def test_info_makes_no_array(folder):
             "train tiny.py --data.train nowhere",
             "train data: needs an existing folder, .*, got train='nowhere'.*; correct",
         ),
-        ("train tiny.py --steps 0", "TrainConfig: needs steps >= 1, got steps=0; change it"),
+        ("train tiny.py --steps 0", "TrainConfig: needs steps to be an integer >= 1, got steps=0; change it"),
         (
             "train tiny.py --accumulate 3",
             "needs data.batch_size divisible by accumulate, got batch_size=8, accumulate=3",

@@ -32,7 +32,7 @@ from flax import nnx
 
 from jaxmem.fields import Count, NonNegative, Positive, checked
 from jaxmem.layers.fast_weight_table import Pairs, Rates, Score, read, write
-from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
+from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.sharding import ROWS, VECTOR, constrain, einsum, local, matrix, param
@@ -130,7 +130,7 @@ _STATE = FastWeightState(
 )
 
 
-class FastWeightMemory(nnx.Module):
+class FastWeightMemory(SequenceMixer):
     """The layer of the module docstring; see `mixer` for how it is called.
 
     >>> config = FastWeightMemoryConfig(n_slots=16, top_k=2, key_dim=4, value_dim=6, chunk_tokens=3)
@@ -138,6 +138,8 @@ class FastWeightMemory(nnx.Module):
     >>> y.shape, state.values.shape
     ((1, 5, 8), (1, 16, 6))
     """
+
+    state_type = FastWeightState
 
     def __init__(self, config: FastWeightMemoryConfig, d_model: int, *, rngs: nnx.Rngs):
         """Sub-keys start normal, as normalised queries are; gates at sigmoid(0) on average."""
@@ -154,7 +156,7 @@ class FastWeightMemory(nnx.Module):
         self.out_norm = RMSNorm(config.value_dim, axes=("value",), rngs=rngs)
         self.out = param(rngs, init, (config.value_dim, d_model), ("value", "embed"), matrix())
 
-    def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32) -> FastWeightState:
+    def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> FastWeightState:
         """The empty table; fp32 whatever the dtype."""
         c, half = self.config, self.config.key_dim // 2
         zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.float32)
@@ -163,29 +165,21 @@ class FastWeightMemory(nnx.Module):
         state = FastWeightState(values, moved, pairs, zeros(1, 2, half), zeros(1), init_cursor(batch))
         return place_state(state, _STATE)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: FastWeightState | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], FastWeightState]:
+    def mix(self, x: Float[Array, "B T D"], state: FastWeightState, call: Call) -> tuple[Array, FastWeightState]:
         """Raises: NotImplementedError on a mesh that splits the sequence."""
         if n_shards_of("time") > 1:
             raise NotImplementedError(
                 "fast-weight memory: needs whole sequences on a device, since its chunks run in order, "
                 f"got seq={n_shards_of('time')}; use a mesh with seq=1"
             )
-        state = self.init_state(x.shape[0]) if state is None else state
-        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
+        tokens = call.tokens
         full = x.astype(jnp.float32)
         q = einsum("btd,dpk->btpk", full, self.query[...], (*_TOKENS, None, "key"))
         q = self.query_norm(q.reshape(*q.shape[:2], -1)).reshape(q.shape)
         v = _z_score(einsum("btd,dv->btv", full, self.value[...], (*_TOKENS, "value")))
         gate = einsum("btd,d->bt", full, self.gate[...], _TOKENS) + constrain(self.gate_bias[...], None)
         g = jax.nn.sigmoid(gate)
-        mix = local(
+        run = local(
             self._mix,
             in_axes=(
                 Pairs((*_TOKENS, None, "key"), _TOKENS, (*_TOKENS, "value")),
@@ -195,11 +189,11 @@ class FastWeightMemory(nnx.Module):
             ),
             out_axes=((*_TOKENS, "value"), _STATE[:-1]),
         )
-        places = tokens.position, tokens.starts, tokens.real, cursor.position
-        found, remembered = mix(Pairs(q, g, v), places, constrain(self.keys[...], None, "sub_keys", "key"), state[:-1])
+        places = tokens.position, tokens.starts, tokens.real, call.cursor.position
+        found, remembered = run(Pairs(q, g, v), places, constrain(self.keys[...], None, "sub_keys", "key"), state[:-1])
         o = self.out_norm(g[..., None] * found + (1 - g[..., None]) * v)
-        y = einsum("btv,vd->btd", o, self.out[...], (*_TOKENS, "embed")) * tokens.real[..., None]
-        return y.astype(x.dtype), FastWeightState(*remembered, cursor)
+        y = einsum("btv,vd->btd", o, self.out[...], (*_TOKENS, "embed"))
+        return y, FastWeightState(*remembered, state.cursor)
 
     def _mix(self, new: Pairs, places, learned_keys: Float[Array, "2 n half"], state):
         """What tokens read, and the state behind them, on one device's rows.

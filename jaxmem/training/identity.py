@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
 from jaxmem.training.data import Text
-from jaxmem.training.resume import has_begun
+from jaxmem.training.run_folder import has_begun
 
 TOKENIZER_FILE = "tokenizer.json"
 PROBE_BYTES = 1 << 16

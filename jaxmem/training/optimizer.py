@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
@@ -100,8 +101,19 @@ class OptimizerConfig:
     """Muon's decay of the mean of gradients (Nesterov); in [0, 1)."""
     clip_norm: Positive | None = 1.0
     """Largest L2 norm of all gradients together; > 0. None: gradients are not clipped."""
+    on_new_steps: Literal["restate", "continue"] = "restate"
+    """Rates of a run that is resumed with another number of steps: those of a run of that number, which may jump; or on from
+    the rate reached, down to the final one at the new end (`jaxmem.training.rates`)."""
+    continued: tuple[tuple[int, int], ...] = ()
+    """Kept by the run: (step, steps until then) of each time that it was resumed with other steps to `continue`."""
     tables: TableOptimizerConfig = TableOptimizerConfig()
     """Of memory tables, if there are any: a group apart, of which nothing above holds but the form of the schedule."""
+
+    def __post_init__(self):
+        if not _rise([at for at, _ in self.continued]):
+            raise ValueError(
+                f"optimizer: needs pairs of steps that rise, got continued={self.continued}; leave it to the run"
+            )
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
@@ -111,7 +123,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
 
     shape falls from 1 to final_fraction between the end of warm-up (cosine), or the last decay_fraction of all steps
     (wsd), and total_steps. In a run too short for both, as when an experiment is cut to a few steps to try it, warm-up
-    and decay overlap.
+    and decay overlap. From a step at which the run was `continued` shape falls from what it had reached: a cosine over all
+    steps that were left, wsd over the last decay_fraction of all, as far as they were left.
 
     Raises: ValueError if total_steps is not positive.
 
@@ -119,26 +132,62 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     >>> [round(float(rate(step)), 2) for step in (0, 3, 4, 8, 12)]
     [0.25, 1.0, 1.0, 0.5, 0.0]
     """
-    decay_steps = {
-        "cosine": max(0, total_steps - config.warmup_steps),
-        "wsd": max(1, round(config.decay_fraction * total_steps)),
-        "constant": 0,
-    }[config.schedule]
     if total_steps < 1:
         raise ValueError(f"schedule: needs total_steps >= 1, got total_steps={total_steps}; train for some steps")
+    (_, first), *later = _legs(config, total_steps)
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((step - (total_steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
+        value = first(step, jnp)
+        for start, leg in later:
+            value = jnp.where(step >= start, leg(step, jnp), value)
+        return value
+
+    return rate
+
+
+def rate_of(config: OptimizerConfig, total_steps: int, step: int) -> float:
+    """The same of one step, as a number: also while something is traced."""
+    leg = [leg for start, leg in _legs(config, total_steps) if start <= step][-1]
+    return float(leg(np.float64(step), np))
+
+
+def _legs(config: OptimizerConfig, total_steps: int) -> list[tuple[int, Callable[[Any, Any], Any]]]:
+    """(first step, rate of a step from there on, in jnp or numpy) of a run and of each time that it was continued."""
+    ends = [*(until_then for _, until_then in config.continued), total_steps]
+    legs = [(0, _leg(config, 1.0, config.warmup_steps, ends[0], config.warmup_steps))]
+    for (start, _), end in zip(config.continued, ends[1:], strict=True):
+        reached = float(legs[-1][1](np.float64(start - 1), np)) / config.learning_rate
+        legs.append((start, _leg(config, reached, start, end)))
+    return legs
+
+
+def _leg(config: OptimizerConfig, highest: float, start: int, end: int, warmup_steps: int | None = None):
+    """The rate from the part `highest` of learning_rate at the step `start` down to final_fraction at the step `end`."""
+    decay_steps = {
+        "cosine": max(0, end - start),
+        "wsd": max(1, round(config.decay_fraction * end)),
+        "constant": 0,
+    }[config.schedule]
+    if warmup_steps is None:  # no part of a decay lies before a continuation
+        decay_steps = min(decay_steps, max(0, end - start))
+    drop = highest - min(highest, config.final_fraction)
+
+    def rate(step, xp):
+        done = xp.clip((step - (end - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
         fall = {
-            "cosine": (1 - jnp.cos(jnp.pi * done)) / 2,
+            "cosine": (1 - xp.cos(xp.pi * done)) / 2,
             "wsd": done,
             "constant": 0.0,
         }[config.schedule]
-        rise = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
-        return config.learning_rate * rise * (1 - (1 - config.final_fraction) * fall)
+        rise = xp.minimum(1.0, (step + 1) / max(1, warmup_steps or 1))
+        return config.learning_rate * rise * (highest - drop * fall)
 
     return rate
+
+
+def _rise(steps: list[int]) -> bool:
+    return all(a < b for a, b in zip([0, *steps], steps, strict=False))
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) -> optax.GradientTransformation:

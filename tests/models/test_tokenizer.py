@@ -5,9 +5,9 @@ import os
 
 import numpy as np
 import pytest
+from tokenizer_kinds import KINDS, save_tokenizer
 
 from jaxmem.models.tokenizer import BOS_NAMES, ByteTokenizer, FileTokenizer, load_tokenizer, replace_undecodable
-from tokenizer_kinds import KINDS, save_tokenizer
 
 TEXT = "the cat sat — hélas — on the mat 😀, the end"
 

@@ -16,7 +16,7 @@ from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, make_mesh, param_spec, use_mesh
 from jaxmem.training.evaluation import EvalStep, evaluate, make_eval_step
 from jaxmem.training.placement import on_mesh
-from jaxmem.training.step import shifted
+from jaxmem.training.step import merge, shifted
 
 B, T, VOCAB = 8, 12, 64
 MODEL = DecoderConfig(
@@ -103,6 +103,7 @@ def test_router_shares_by_layer(found):
     assert found.router_layers == [0, 2], "layers 1 and 3 are attention"
     np.testing.assert_allclose(found.router_use[0], [1 / 6, 2 / 6, 3 / 6])
     assert found.router_use[1] == [0, 0, 0], "a router that has chosen nothing has no shares"
+    assert found.router_top_k == [2, 2] and found.router_balance == [], "probabilities were not told"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,20 @@ def eval_step():
 @pytest.fixture(scope="module")
 def real(params, eval_step):
     return evaluate(lambda *batch: eval_step(params, *batch), make_batches(), MODEL, jnp.asarray)
+
+
+def test_every_router_has_its_own_load_balancing_loss(real, params):
+    """Of all batches together, from the state that the model leaves."""
+    uses = []
+    for batch in make_batches():
+        tokens, segments = (jnp.asarray(batch[name][:, :-1]) for name in ("tokens", "segment_ids"))
+        states = jax.jit(lambda params, x, ids: merge(MODEL, params)(x, segment_ids=ids)[1])(params, tokens, segments)
+        uses.append(jax.tree.map(np.float64, jax.device_get(states[0].router)))  # [repeats B M]
+    chosen, probability = (sum(use[i].sum(axis=1) for use in uses) for i in range(2))
+    n = chosen.sum(axis=-1) / 2
+    wanted = 3 * np.sum(chosen * probability, axis=-1) / n**2
+    assert np.ptp(wanted) > 1e-3
+    np.testing.assert_allclose(real.router_balance, wanted, rtol=1e-5)
 
 
 def test_router_shares_of_a_real_model_sum_to_one(real):

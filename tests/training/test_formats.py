@@ -158,10 +158,23 @@ def test_what_is_not_text_is_refused_or_left_out(tmp_path, kind, name):
 @pytest.mark.parametrize(
     "raw",
     [
-        b"", b"a", b"caf\xe9 \xff\xfe", "h\u00e9las, \u00e7a va \u00e0 No\u00ebl. ".encode("latin-1") * 99, b"BM is a bank", b"MZ, ORC and ID3",
-        b"PK and PAR1 are how files begin", b"RIFF: a short figure", b"GIF89a is a format of images", b"one NUL \x00 here" + b"." * 999,
-        TEXT.encode() * 3000, "\U0001f600".encode() * 50_000, b"\x1b[31mred\x1b[0m\r\n" * 20, "\ufefftext".encode(), "\u65e5\u672c".encode() * 60_000,
+        b"",
+        b"a",
+        b"caf\xe9 \xff\xfe",
+        "h\u00e9las, \u00e7a va \u00e0 No\u00ebl. ".encode("latin-1") * 99,
+        b"BM is a bank",
+        b"MZ, ORC and ID3",
+        b"PK and PAR1 are how files begin",
+        b"RIFF: a short figure",
+        b"GIF89a is a format of images",
+        b"one NUL \x00 here" + b"." * 999,
+        TEXT.encode() * 3000,
+        "\U0001f600".encode() * 50_000,
+        b"\x1b[31mred\x1b[0m\r\n" * 20,
+        "\ufefftext".encode(),
+        "\u65e5\u672c".encode() * 60_000,
     ],
+)
 def test_text_is_text(tmp_path, raw):
     (tmp_path / "a").write_bytes(raw)
     assert not_text(str(tmp_path / "a")) is None

@@ -160,7 +160,9 @@ def test_a_damaged_line_in_the_middle_is_an_error(run_dir):
     write_steps(run_dir, 1, 3)
     path = run_dir / "metrics.jsonl"
     path.write_bytes(path.read_bytes().replace(b'{"kind": "train", "step": 2', b'{"kind": "tr'))
-    with pytest.raises(ValueError, match=r"metrics: needs JSON on every line but the last, got line=2 of .*; repair"):
+    with pytest.raises(
+        ValueError, match=r"metrics: needs a JSON object with kind and step on every line, got line=2 of .*; repair"
+    ):
         read_metrics(run_dir)
 
 

@@ -26,16 +26,12 @@ pytestmark = pytest.mark.slow
 TINY = Path(__file__).with_name("tiny.py")
 STEPS = 48
 PATIENCE_S = 300
-MEMBER = """
-import sys, jax
-address, index = sys.argv[1], int(sys.argv[2])
-jax.distributed.initialize(address, num_processes=2, process_id=index)
-from jaxmem.cli import main
-sys.exit(main(sys.argv[3:]))
-"""
+TOLD_S = 60
+"""Within which the other processes of one that ends have ended too."""
 OPTIONS = ("--steps", str(STEPS), "--checkpoint.every-steps", "8", "--eval-every-steps", "16")
 MESH = MeshConfig(data=1, fsdp=2)  # every parameter is half on one process and half on the other
 ON_MESH = ("--mesh.data", "1", "--mesh.fsdp", "2")
+PEER_KILLS = int(os.environ.get("JAXMEM_PEER_KILLS", "2"))
 
 
 ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TF_"))} | {
@@ -45,37 +41,69 @@ ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"
 """Of processes of one device."""
 
 
-class Pair:
-    """Two processes of one device each that train the tiny experiment together."""
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
-    def __init__(self, work: Path, out: str, options: tuple[str, ...] = (*OPTIONS, *ON_MESH)):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        command = ("train", str(TINY), "--out", out, "--resume", *options)
+
+class Group:
+    """Processes of one device each that train the tiny experiment together.
+
+    Args:
+      options: for all of them.
+      own: further options by process.
+      environment: further variables by process.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        out: str,
+        options: tuple[str, ...] = (*OPTIONS, *ON_MESH),
+        n: int = 2,
+        own: dict[int, tuple[str, ...]] | None = None,
+        environment: dict[int, dict[str, str]] | None = None,
+        file: Path = TINY,
+    ):
+        self.address = free_address()
+        command = [sys.executable, "-m", "jaxmem.cli", "train", str(file), "--out", out, "--resume", *options]
+        together = ["--coordinator", self.address, "--processes", str(n), "--process"]
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-c", MEMBER, address, str(index), *command],
+                [*command, *together, str(index), *(own or {}).get(index, ())],
                 cwd=work,
-                env=ALONE,
+                env=ALONE | (environment or {}).get(index, {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for index in range(2)
+            for index in range(n)
         ]
 
     def finish(self) -> tuple[str, str]:
         """What both printed, when both are done and neither complained."""
         printed = [process.communicate(timeout=PATIENCE_S) for process in self.processes]
         for process, (_, errors) in zip(self.processes, printed, strict=True):
-            assert process.returncode == 0, errors
+            assert (process.returncode, errors) == (0, ""), errors
         return printed[0][0], printed[1][0]
+
+    def fail(self, code: int, killed: tuple[int, ...] = ()) -> list[str]:
+        """The one sentence on stderr of each process that was not killed, all ended with this exit code."""
+        sentences = []
+        for index, process in enumerate(self.processes):
+            _, errors = process.communicate(timeout=PATIENCE_S)
+            if index not in killed:
+                assert (process.returncode, errors.count("\n")) == (code, 1), (index, process.returncode, errors)
+                sentences.append(errors.rstrip("\n"))
+        return sentences
 
     def wait_until(self, happened) -> None:
         end = time.monotonic() + PATIENCE_S
         while not happened():
-            assert time.monotonic() < end and all(process.poll() is None for process in self.processes)
+            assert time.monotonic() < end and all(process.poll() is None for process in self.processes), [
+                process.communicate() for process in self.processes
+            ]
             time.sleep(0.005)
 
     def kill(self) -> None:
@@ -87,7 +115,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def whole(work):
-    printed = Pair(work, "whole-by-two").finish()
+    printed = Group(work, "whole-by-two").finish()
     assert f"step {STEPS}/{STEPS}" in printed[0]
     assert not [line for line in printed[1].splitlines() if not line.startswith("[Gloo]")], "the first speaks for both"
     return work / "whole-by-two"
@@ -96,13 +124,13 @@ def whole(work):
 def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, compare):
     run_dir = work / "interrupted-by-two"
     checkpoints = run_dir / "checkpoints"
-    killed = Pair(work, run_dir.name)
+    killed = Group(work, run_dir.name)
     killed.wait_until(lambda: complete_steps(checkpoints))
     killed.kill()
     left = complete_steps(checkpoints)[-1]
 
     written = (run_dir / "metrics.jsonl").stat().st_mtime_ns
-    stopped = Pair(work, run_dir.name)
+    stopped = Group(work, run_dir.name)
     stopped.wait_until(lambda: (run_dir / "metrics.jsonl").stat().st_mtime_ns != written)  # both have found each other
     stopped.processes[1].send_signal(signal.SIGTERM)
     printed, _ = stopped.finish()
@@ -111,7 +139,7 @@ def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, co
     assert f"another process's signal: stopped after step {step}, all is saved" in printed
     assert step % 16 == 0 and left < step < STEPS, "all processes stop at one step"
 
-    printed = Pair(work, run_dir.name).finish()
+    printed = Group(work, run_dir.name).finish()
     assert f"resumed from the checkpoint of step {step}" in printed[0]
     config = dataclasses.replace(load_experiment(TINY), steps=STEPS)
     compare(config, run_dir, whole)
@@ -120,7 +148,7 @@ def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, co
 def test_a_sequence_that_two_processes_share(work):
     """Each reads all rows and holds half of their tokens; the losses are those of one process with one device."""
     steps = ("--steps", "6", "--eval-every-steps", "6")
-    pair = Pair(work, "sequence-by-two", (*steps, "--mesh.data", "1", "--mesh.seq", "2"))
+    pair = Group(work, "sequence-by-two", (*steps, "--mesh.data", "1", "--mesh.seq", "2"))
     pair.finish()
     alone = subprocess.run(
         [sys.executable, "-m", "jaxmem.cli", "train", str(TINY), "--out", "sequence-by-one", *steps],
