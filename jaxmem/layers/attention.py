@@ -25,12 +25,13 @@ from flax import nnx
 
 from jaxmem.algebra.softmax import combine
 from jaxmem.devices import kind_of_device
+from jaxmem.fields import Count, Positive, checked
 from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, Tokens, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
 from jaxmem.pallas_kernels.flash_attention import Implementation, flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place
-from jaxmem.sharding import current_rules, einsum, local, param
+from jaxmem.sharding import current_rules, einsum, local, matrix, param
 from jaxmem.sharding.attention import Scheme, sharded_attention
 from jaxmem.sharding.attention_scheme import Shape, chip_of, choose_scheme
 from jaxmem.sharding.folds import n_shards, sequence_axis, spread, total
@@ -39,17 +40,18 @@ from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class AttentionConfig:
     """Causal softmax attention."""
 
-    n_heads: int
-    n_kv_heads: int | None = None
+    n_heads: Count
+    n_kv_heads: Count | None = None
     """Heads of keys and values, each shared by n_heads / n_kv_heads query heads; None is n_heads."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Width of q, k and v per head; None is d_model / n_heads."""
-    window: int | None = None
+    window: Count | None = None
     """Tokens a token sees, itself included; None is all before it."""
-    rope_theta: float | None = 10_000.0
+    rope_theta: Positive | None = 10_000.0
     """Base of the rotary wavelengths; None is no rotary embedding."""
     qk_norm: bool = False
     """RMSNorm of every head of q and k before the rotary embedding."""
@@ -59,13 +61,11 @@ class AttentionConfig:
     """How keys come from other devices where the sequence is split; None is what `choose_scheme` says."""
 
     def __post_init__(self):
-        if self.n_heads < 1 or self.n_heads % self.kv_heads:
+        if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"attention: needs n_heads divisible by n_kv_heads, got n_heads={self.n_heads}, "
                 f"n_kv_heads={self.n_kv_heads}; change one of them"
             )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"attention: needs window >= 1, got window={self.window}; None is full attention")
 
     @property
     def kv_heads(self) -> int:
@@ -140,10 +140,10 @@ class Attention(SequenceMixer):
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         out_of = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
         shape, kv_shape = (d_model, config.n_heads, self.head_dim), (d_model, config.kv_heads, self.head_dim)
-        self.query = param(rngs, into, shape, ("embed", "heads", "key"))
-        self.key = param(rngs, into, kv_shape, ("embed", "kv_heads", "key"))
-        self.value = param(rngs, into, kv_shape, ("embed", "kv_heads", "value"))
-        self.out = param(rngs, out_of, (*shape[1:], d_model), ("heads", "value", "embed"))
+        self.query = param(rngs, into, shape, ("embed", "heads", "key"), matrix())
+        self.key = param(rngs, into, kv_shape, ("embed", "kv_heads", "key"), matrix())
+        self.value = param(rngs, into, kv_shape, ("embed", "kv_heads", "value"), matrix())
+        self.out = param(rngs, out_of, (*shape[1:], d_model), ("heads", "value", "embed"), matrix(2))
         self.query_norm = RMSNorm(self.head_dim, axes=("key",), rngs=rngs) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, axes=("key",), rngs=rngs) if config.qk_norm else None
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmem.sharding import constrain, local, mesh_axes, param, stored_like
+from jaxmem.sharding import ROWS, constrain, local, mesh_axes, param, stored_like
 from jaxmem.typing import Array, DTypeLike, Float, Int
 
 TABLE = ("vocab", "embed")
@@ -44,7 +44,7 @@ class Embedding(nnx.Module):
           std: standard deviation of an entry.
         """
         rows = -(-vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE
-        self.table = param(rngs, jax.nn.initializers.normal(std), (rows, d_model), TABLE)
+        self.table = param(rngs, jax.nn.initializers.normal(std), (rows, d_model), TABLE, ROWS)
         self.vocab_size = vocab_size
 
     def __call__(self, ids: Int[Array, "B T"], dtype: DTypeLike = jnp.float32) -> Float[Array, "B T D"]:

@@ -24,62 +24,55 @@ second. Not compared with other code.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, NonNegative, Positive, checked
 from jaxmem.layers.fast_weight_table import Pairs, Rates, Score, read, write
 from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.product_keys import ProductKeysConfig
-from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding import ROWS, VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.folds import from_last, sequence_axis, spread_like
 from jaxmem.sharding.placement import n_shards_of
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class FastWeightMemoryConfig:
     """One head; sizes as described of the paper's, with widths of our choice."""
 
-    n_slots: int = 512**2
+    n_slots: Count = 512**2
     """n^2."""
-    top_k: int = 8
+    top_k: Count = 8
     """k: slots read per token."""
-    key_dim: int = 512
+    key_dim: Count = 512
     """K: width of a query; a sub-key has K / 2."""
-    value_dim: int = 512
+    value_dim: Count = 512
     """V."""
-    chunk_tokens: int = 512
+    chunk_tokens: Count = 512
     """C: tokens between steps."""
     score: Score = "idw"
-    eps: float = 1e-3
+    eps: Positive = 1e-3
     """Of "idw": squared distances below it count alike."""
     step: Literal["top_k", "mean"] = "top_k"
     """The step of a slot is its gradient times k / reads or 1 / reads. The first writes a target wholly where its k weights
     are equal, and overshoots, up to k times, the more one of them outweighs the others; the second never does."""
-    learning_rate: float = 1.0
+    learning_rate: NonNegative = 1.0
     """Times the step of values."""
-    key_learning_rate: float = 1.0
+    key_learning_rate: NonNegative = 1.0
     """Of sub-keys, on the addressing loss."""
 
     def __post_init__(self):
-        if self.key_dim < 2 or self.key_dim % 2 or self.value_dim < 1 or self.chunk_tokens < 1:
+        if self.key_dim % 2:
             raise ValueError(
-                "FastWeightMemoryConfig: needs an even key_dim, value_dim >= 1 and chunk_tokens >= 1, got "
-                f"key_dim={self.key_dim}, value_dim={self.value_dim}, chunk_tokens={self.chunk_tokens}; change one of them"
+                f"FastWeightMemoryConfig: needs an even key_dim, got key_dim={self.key_dim}; each half has codebooks"
             )
         ProductKeysConfig(self.n_slots, 1, self.top_k, self.key_dim)  # checks n_slots and top_k
-        for name, kind in (("score", Score), ("step", Literal["top_k", "mean"])):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"FastWeightMemoryConfig: needs {name} to be one of {', '.join(get_args(kind))}, "
-                    f"got {name}={getattr(self, name)!r}; change it"
-                )
-        if not self.eps > 0:
-            raise ValueError(f"FastWeightMemoryConfig: needs eps > 0, got eps={self.eps}; use 1e-3")
 
     @property
     def n_sub_keys(self) -> int:
@@ -153,15 +146,15 @@ class FastWeightMemory(SequenceMixer):
         self.config, self.d_model, half = config, d_model, config.key_dim // 2
         init = jax.nn.initializers.lecun_normal()
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        self.query = param(rngs, into, (d_model, 2, half), ("embed", None, "key"))
-        self.value = param(rngs, init, (d_model, config.value_dim), ("embed", "value"))
-        self.gate = param(rngs, jax.nn.initializers.normal(d_model**-0.5), (d_model,), ("embed",))
-        self.gate_bias = param(rngs, jax.nn.initializers.zeros, (1,), (None,))
+        self.query = param(rngs, into, (d_model, 2, half), ("embed", None, "key"), matrix())
+        self.value = param(rngs, init, (d_model, config.value_dim), ("embed", "value"), matrix())
+        self.gate = param(rngs, jax.nn.initializers.normal(d_model**-0.5), (d_model,), ("embed",), matrix())
+        self.gate_bias = param(rngs, jax.nn.initializers.zeros, (1,), (None,), VECTOR)
         self.query_norm = RMSNorm(config.key_dim, axes=("key",), rngs=rngs)
         normal, shape = jax.nn.initializers.normal(1.0), (2, config.n_sub_keys, half)
-        self.keys = param(rngs, normal, shape, (None, "sub_keys", "key"))
+        self.keys = param(rngs, normal, shape, (None, "sub_keys", "key"), ROWS)
         self.out_norm = RMSNorm(config.value_dim, axes=("value",), rngs=rngs)
-        self.out = param(rngs, init, (config.value_dim, d_model), ("value", "embed"))
+        self.out = param(rngs, init, (config.value_dim, d_model), ("value", "embed"), matrix())
 
     def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> FastWeightState:
         """The empty table; fp32 whatever the dtype."""

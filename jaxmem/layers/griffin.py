@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConfig, in_full
 from jaxmem.recurrences import elementwise
 from jaxmem.recurrences.products import dot
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR, matrix
 from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 
 
@@ -27,10 +29,10 @@ from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 class GriffinConfig(RecurrentConfig):
     """Heads share nothing but the projections; the gates of a channel see the channels of its head."""
 
-    n_heads: int = 8
-    head_dim: int = 128
-    convolution_width: int = 4
-    chunk_tokens: int = 32
+    n_heads: Count = 8
+    head_dim: Count = 128
+    convolution_width: Natural = 4
+    chunk_tokens: Count = 32
 
     is_elementwise: ClassVar[bool] = True
 
@@ -44,8 +46,8 @@ class GriffinConfig(RecurrentConfig):
     def parameters(self, d_model: int) -> dict[str, Parameter]:
         heads, width = self.n_heads, self.head_dim
         block = nnx.initializers.truncated_normal(width**-0.5)
-        channels = (heads, width), ("heads", "value")
-        blocks = (heads, width, width), ("heads", "key", "value")
+        channels = (heads, width), ("heads", "value"), VECTOR
+        blocks = (heads, width, width), ("heads", "key", "value"), matrix(copies=1)
         zeros = nnx.initializers.zeros
         return {
             "input_bias": Parameter(zeros, *channels),

@@ -31,6 +31,7 @@ from flax import nnx
 
 from jaxmem.algebra import suffix
 from jaxmem.algebra.suffix import Suffix
+from jaxmem.fields import Count, checked
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, Tokens, init_cursor, place_state
 from jaxmem.layers.packing import Packing, pack, pack_by_memory, unpack
@@ -48,20 +49,21 @@ from jaxmem.layers.recurrent import (
 from jaxmem.layers.short_convolution import convolve, last_items, short_convolution
 from jaxmem.recurrences.engine import chunks, steps
 from jaxmem.recurrences.streams import Documents
-from jaxmem.sharding import einsum, local, param
+from jaxmem.sharding import einsum, local, matrix, param
 from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, spread_like, total
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MixtureOfMemoriesConfig:
     """The mixture of memories of the paper; the defaults are its published models'."""
 
     inner: RecurrentConfig = GatedDeltaNetConfig()
     """The recurrence of every memory."""
-    n_memories: int = 4
+    n_memories: Count = 4
     """Memories to choose from, the shared one not counted."""
-    top_k: int = 2
+    top_k: Count = 2
     """Memories chosen per token."""
     shared_memory: bool = True
     """One more memory that sees every token."""
@@ -69,9 +71,9 @@ class MixtureOfMemoriesConfig:
     """One key, value, decay and write-strength projection for all memories, instead of one each."""
 
     def __post_init__(self):
-        if not 1 <= self.top_k <= self.n_memories:
+        if self.top_k > self.n_memories:
             raise ValueError(
-                "MixtureOfMemoriesConfig: needs 1 <= top_k <= n_memories, "
+                "MixtureOfMemoriesConfig: needs top_k <= n_memories, "
                 f"got top_k={self.top_k} of n_memories={self.n_memories}; choose fewer or have more memories"
             )
 
@@ -120,7 +122,7 @@ class MixtureState(NamedTuple):
 
 
 class RouterUse(NamedTuple):
-    """How the router has been used so far, summed over tokens: enough for the load-balancing loss and its gradient."""
+    """How a router has been used so far, summed over tokens: enough for its load-balancing loss and the gradient of that."""
 
     chosen: Float[Array, "*B M'"]
     """Number of times each memory was chosen."""
@@ -141,18 +143,24 @@ def route(
     return memory, weight, use
 
 
-def load_balancing_loss(use: RouterUse, top_k: int) -> Float[Array, ""]:
-    """M sum_m f_m P_m: f_m the share of tokens that chose m, P_m its mean probability, over all leading dimensions.
+def load_balancing_loss(use: RouterUse, top_k: int) -> Float[Array, "*L"]:
+    """M sum_m f_m P_m of each router: f_m the share of its tokens that chose m, P_m its mean probability.
 
-    Even use gives top_k, the minimum for a router whose choices follow its probabilities. 0 without tokens.
-    Reference: Fedus et al. 2021, arXiv 2101.03961, equation 4, for top-k as in Mixtral's code; over all layers at once.
+    Even use gives top_k, the minimum for a router whose choices follow its probabilities; one that is sure of a single memory
+    gives M. 0 without tokens. Layers are not pooled: routers that send everything each to another memory would look even.
 
-    >>> float(load_balancing_loss(RouterUse(jnp.array([2.0, 2.0]), jnp.array([2.0, 2.0])), top_k=1))
-    1.0
+    Args:
+      use: of one router [M] or [B M] or of several [*L B M]; rows are added up.
+
+    Reference: Fedus et al. 2021, arXiv 2101.03961, equation 4, for top-k as in Mixtral's code, there over all layers at once.
+
+    >>> even, collapsed = jnp.array([[2.0, 2.0]]), jnp.array([[4.0, 0.0]])  # of the four tokens of one row
+    >>> load_balancing_loss(RouterUse(*2 * [jnp.stack([even, collapsed])]), top_k=1).tolist()
+    [1.0, 2.0]
     """
-    chosen, probability = (x.sum(axis=range(x.ndim - 1)) for x in use)
-    tokens = jnp.maximum(chosen.sum() / top_k, 1.0)
-    return chosen.size * jnp.sum(chosen * probability) / tokens**2
+    chosen, probability = (jnp.atleast_2d(x).sum(axis=-2) for x in use)
+    tokens = jnp.maximum(chosen.sum(axis=-1) / top_k, 1.0)
+    return chosen.shape[-1] * jnp.sum(chosen * probability, axis=-1) / tokens**2
 
 
 _TOKENS = ("batch", "time")
@@ -168,7 +176,7 @@ class MixtureOfMemories(SequenceMixer):
     def __init__(self, config: MixtureOfMemoriesConfig, d_model: int, *, rngs: nnx.Rngs):
         self.config, self.d_model = config, d_model
         init = nnx.initializers.truncated_normal(d_model**-0.5)
-        self.router = param(rngs, init, (d_model, config.n_memories), ("embed", "memory"))
+        self.router = param(rngs, init, (d_model, config.n_memories), ("embed", "memory"), matrix())
         n_kv = 1 if config.single_kv else config.n_slots
         self.projections = Projections(config.inner, d_model, n_memories=n_kv, rngs=rngs)
         self.taps = make_taps(config.inner, d_model, rngs=rngs)

@@ -18,14 +18,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural, Positive, check_fields
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
 from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
 from jaxmem.recurrences.call import require_chunk
 from jaxmem.recurrences.engine import ELEMENTWISE_FLOPS, recurrence, recurrence_flops
 from jaxmem.recurrences.streams import Documents, Streams
-from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding import VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.folds import spread_like
+from jaxmem.sharding.kinds import Kind
 from jaxmem.sharding.rules import Axes
 from jaxmem.typing import Array, DTypeLike, Float, Initializer, Int, PRNGKeyArray, PyTree, Shaped
 
@@ -62,6 +64,8 @@ class Parameter(NamedTuple):
     init: Initializer
     shape: tuple[int, ...]
     axes: tuple[str, ...]
+    kind: Kind | None = None
+    """What it is, for the optimiser; see `jaxmem.sharding.kinds`."""
 
 
 class RecurrentConfig(abc.ABC):
@@ -81,6 +85,7 @@ class RecurrentConfig(abc.ABC):
     """Whether every number of the state decays on its own, for counting FLOPs."""
 
     def __post_init__(self):
+        check_fields(self)
         require_chunk(type(self).__name__, self.chunk_tokens)
         if self.convolution_width:
             require_history(type(self).__name__, self.convolution_width)
@@ -140,17 +145,17 @@ class RecurrentConfig(abc.ABC):
 class HeadsConfig(RecurrentConfig):
     """A recurrence of H heads with queries and keys of width K and values of width V."""
 
-    n_heads: int = 4
-    key_dim: int = 256
+    n_heads: Count = 4
+    key_dim: Count = 256
     """Per head."""
-    value_dim: int = 256
+    value_dim: Count = 256
     """Per head."""
-    n_key_heads: int | None = None
+    n_key_heads: Count | None = None
     """Heads of q and k, each serving n_heads / n_key_heads of v; None: as many."""
-    convolution_width: int = 4
+    convolution_width: Natural = 4
     """Of the filters of q, k and v; 0: none."""
-    chunk_tokens: int = 32
-    norm_eps: float = 1e-6
+    chunk_tokens: Count = 32
+    norm_eps: Positive = 1e-6
 
     def __post_init__(self):
         super().__post_init__()
@@ -214,17 +219,18 @@ class Projections(nnx.Module):
             if spec.is_identity:
                 continue
             lead, lead_axes = ((n_memories,), ("memory",)) if self.is_per_memory(name) else ((), ())
+            linear = matrix(copies=len(lead))
             if spec.shifted:
-                self.mix[name] = param(rngs, nnx.initializers.constant(0.5), (d_model,), ("embed",))
+                self.mix[name] = param(rngs, nnx.initializers.constant(0.5), (d_model,), ("embed",), VECTOR)
             if spec.rank is None:
                 shape, axes = (d_model, *spec.shape), ("embed", *spec.axes)
             else:
-                down = (*lead, d_model, spec.rank), (*lead_axes, "embed", "rank")
+                down = (*lead, d_model, spec.rank), (*lead_axes, "embed", "rank"), linear
                 self.down[name] = param(rngs, normal(d_model), *down)
                 shape, axes = (spec.rank, *spec.shape), ("rank", *spec.axes)
-            self.weight[name] = param(rngs, normal(shape[0]), (*lead, *shape), (*lead_axes, *axes))
+            self.weight[name] = param(rngs, normal(shape[0]), (*lead, *shape), (*lead_axes, *axes), linear)
             if spec.bias:
-                bias = (*lead, *spec.shape), (*lead_axes, *spec.axes)
+                bias = (*lead, *spec.shape), (*lead_axes, *spec.axes), VECTOR
                 self.bias[name] = param(rngs, nnx.initializers.zeros, *bias)
 
     @property
@@ -364,7 +370,7 @@ def make_taps(config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs) -> PyTre
     width = config.convolution_width
     return nnx.Dict(
         {
-            name: param(rngs, init_taps, (width, *spec.shape), ("tap", *spec.axes))
+            name: param(rngs, init_taps, (width, *spec.shape), ("tap", *spec.axes), VECTOR)
             for name, spec in config.projections(d_model).items()
             if spec.convolved and width
         }

@@ -7,14 +7,15 @@ Reference: Poli et al. 2023 (arXiv 2302.10866), section 3; used before linear re
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Bounds, checked
 from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
-from jaxmem.sharding import constrain, local, param
+from jaxmem.sharding import VECTOR, constrain, local, param
 from jaxmem.sharding.folds import find_end, from_where, halo, is_first, sequence_axis, spread
 from jaxmem.typing import Array, DTypeLike, Float, Int, PRNGKeyArray
 
@@ -78,14 +79,12 @@ def short_convolution(
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ShortConvolutionConfig:
     """A short convolution over the model's width, as a mixer of its own."""
 
-    width: int = 4
+    width: Annotated[int, Bounds("[2, inf)")] = 4
     """Tokens that an output depends on, its own included."""
-
-    def __post_init__(self):
-        require_history("ShortConvolutionConfig", self.width)
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "ShortConvolution":
         return ShortConvolution(self, d_model, rngs=rngs)
@@ -119,7 +118,7 @@ class ShortConvolution(SequenceMixer):
 
     def __init__(self, config: ShortConvolutionConfig, d_model: int, *, rngs: nnx.Rngs):
         self.config, self.d_model = config, d_model
-        self.weight = param(rngs, init_taps, (config.width, d_model), ("tap", "embed"))
+        self.weight = param(rngs, init_taps, (config.width, d_model), ("tap", "embed"), VECTOR)
 
     def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> ShortConvolutionState:
         history = jnp.zeros((batch, self.config.width - 1, self.d_model), dtype)

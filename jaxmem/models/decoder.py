@@ -8,12 +8,13 @@ stacked and scanned: a program's size grows with the pattern, not with the depth
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Positive, checked
 from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
 from jaxmem.layers.memory import MemoryConfig
@@ -21,7 +22,8 @@ from jaxmem.layers.mixer import Mixer, MixerConfig, SequenceMixer, advance, init
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
 from jaxmem.recurrences.documents import require_padding_behind
-from jaxmem.sharding import constrain, current_rules, einsum, param
+from jaxmem.sharding import ROWS, constrain, current_rules, einsum, param
+from jaxmem.sharding.kinds import is_memory
 from jaxmem.sharding.layouts import lay_out, restore
 from jaxmem.typing import Array, DTypeLike, Float, Int, PyTree
 
@@ -31,35 +33,33 @@ MemoryLike = MemoryConfig | WordExpertsConfig | None
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DecoderConfig:
     """A decoder's shape; `make` builds it."""
 
-    d_model: int
-    d_ffn: int
+    d_model: Count
+    d_ffn: Count
     """Width inside the SwiGLU."""
     pattern: tuple[Any, ...]
     """Mixer configs of one repeat, first layer first."""
-    repeats: int = 1
+    repeats: Count = 1
     """How often the pattern stands; layers = repeats x len(pattern)."""
-    vocab_size: int = 256
+    vocab_size: Count = 256
     memories: tuple[Any, ...] = ()
     """Memory layers of one repeat: one `MemoryConfig`, `WordExpertsConfig` or None per mixer of the pattern; empty: none.
     Those with a shared table read one table, the decoder's, in all layers."""
     tie_embeddings: bool = True
     """Use the embedding table as output head."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     remat: Remat = "nothing"
     """What the backward pass computes again: nothing; everything but weight products (dots); whole blocks."""
-    ffn_block_tokens: int | None = None
+    ffn_block_tokens: Count | None = None
     """Tokens of a row and device that go through a feed-forward at once, for sequences whose wide activations would not fit;
     None: all."""
     dtype: Dtype = "float32"
     """Of activations; parameters, states and statistics are fp32."""
 
     def __post_init__(self):
-        for name in ("d_model", "d_ffn", "repeats", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DecoderConfig: needs {name} >= 1, got {name}={getattr(self, name)}; change it")
         if not self.pattern or not all(hasattr(mixer, "make") for mixer in self.pattern):
             raise ValueError(
                 "DecoderConfig: needs a pattern of one or more mixer configs, "
@@ -87,12 +87,6 @@ class DecoderConfig:
                 raise ValueError(
                     f"DecoderConfig: needs word experts with a routing of every token, got {n_words} entries for "
                     f"vocab_size={self.vocab_size}; add the others or leave routing out"
-                )
-        for name, known in (("remat", get_args(Remat)), ("dtype", get_args(Dtype))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"DecoderConfig: needs {name} to be one of {', '.join(known)}, got {name}={getattr(self, name)!r}; "
-                    "change it"
                 )
 
     @property
@@ -157,7 +151,7 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             rows = -(-config.vocab_size // ROWS_MULTIPLE) * ROWS_MULTIPLE
             init = nnx.initializers.truncated_normal(config.d_model**-0.5)
-            self.output = param(rngs, init, (rows, config.d_model), ("vocab", "embed"))
+            self.output = param(rngs, init, (rows, config.d_model), ("vocab", "embed"), ROWS)
 
     @property
     def head(self) -> Float[Array, "Vocab D"]:
@@ -270,7 +264,7 @@ def _without_tables(blocks: PyTree) -> tuple[Callable[[list], PyTree], list]:
     """Stacked blocks as their parameters without memory tables, and the function that makes blocks of one layer's again,
     with the tables of all layers: a scan would copy each layer's."""
     leaves, structure = jax.tree.flatten(blocks, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    is_table = ["slots" in getattr(leaf, "axes", ()) for leaf in leaves]
+    is_table = [is_memory(leaf) for leaf in leaves]
 
     def with_tables(of_layer: list) -> PyTree:
         rest = iter(of_layer)
