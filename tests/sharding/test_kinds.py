@@ -65,7 +65,7 @@ KINDS = {  # a matrix as [copies] inputs -> outputs, by the names of its axes; w
     "projections/weight/decay": "embed -> heads | [memory] embed -> heads | rank -> heads key | [memory] rank -> heads key",
     "projections/weight/dt": "embed -> heads",
     "projections/weight/forget": "embed -> heads | embed -> heads key",
-    "projections/weight/input": "embed -> heads | [memory] embed -> heads | embed -> heads value",
+    "projections/weight/input": "embed -> heads | [memory] embed -> heads | embed -> heads value | [memory] embed -> heads value",
     "projections/weight/erase": "embed -> heads key",
     "projections/weight/write": "embed -> heads | [memory] embed -> heads | embed -> tap heads | embed -> heads value",
     "projections/weight/query": "embed -> heads key",
