@@ -1,16 +1,18 @@
 """An experiment: everything that decides a run, as one frozen dataclass, and the Python file that makes it."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxmem.arguments import nearest
 from jaxmem.checkpoints import CheckpointConfig
-from jaxmem.fields import Count, Natural, NonNegative, Seed, checked
+from jaxmem.fields import Count, Natural, NonNegative, Seed, checked, shown
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig
 from jaxmem.training.data import DataConfig
@@ -77,16 +79,18 @@ def load_experiment(path: str | Path) -> TrainConfig:
     module = importlib.util.module_from_spec(spec)
     is_new = sys.modules.setdefault(path.stem, module) is module
     try:
-        spec.loader.exec_module(module)
-        config = getattr(module, "config", None)
-        made = config() if inspect.isroutine(config) else config
+        with found_beside(path):
+            spec.loader.exec_module(module)
+            config = getattr(module, "config", None)
+            made = config() if inspect.isroutine(config) else config
     except (Exception, SystemExit) as error:
         if is_new:
             del sys.modules[path.stem]
-        raise ValueError(_explained(error, path)) from error
+        raise ValueError(explained(error, path)) from error
     if not isinstance(made, TrainConfig) or made is config:
-        got = f"{made!r:.60}" if made is None or isinstance(made, type) else f"a {type(made).__name__}"
-        got = f"{got} from it" if inspect.isroutine(config) else "none" if config is None else f"{got} of that name"
+        got = (
+            "none" if config is None else f"{shown(made)} {'from it' if inspect.isroutine(config) else 'of that name'}"
+        )
         raise ValueError(
             f"experiment: needs a function config() that returns a TrainConfig, got {got} in {str(path)!r}; "
             "experiments/quickstart.py is one to copy"
@@ -94,7 +98,19 @@ def load_experiment(path: str | Path) -> TrainConfig:
     return made
 
 
-def _explained(error: BaseException, path: Path) -> str:
+@contextlib.contextmanager
+def found_beside(path: Path) -> Iterator[None]:
+    """Modules in the folder of a file can be imported, as when Python is started with that file."""
+    folder = str(path.resolve().parent)
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def explained(error: BaseException, path: Path) -> str:
     """One sentence: the line of the experiment file that an error comes from, and what it says."""
     frames = [frame for frame in traceback.walk_tb(error.__traceback__) if frame[0].f_code.co_filename == str(path)]
     line = frames[-1][1] if frames else None
@@ -115,4 +131,6 @@ def _explained(error: BaseException, path: Path) -> str:
     if isinstance(error, ValueError) and ": needs " in text:
         return f"{where}: {text}"
     got = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return f"{where}: needs a file that runs without an error, got {got}; correct it"
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    advice = f"install {missing}, or put {missing}.py beside it" if missing else "correct it"
+    return f"{where}: needs a file that runs without an error, got {got}; {advice}"

@@ -4,7 +4,6 @@ A run keeps the files that define them in RUN/code, under the names by which its
 by itself, since a run's folder may come from anywhere: who trusts it passes a file of it to `--import`.
 """
 
-import contextlib
 import importlib
 import importlib.util
 import re
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxmem.config import UnknownClass, from_json
+from jaxmem.training.experiment import TrainConfig, explained, found_beside
 from jaxmem.training.metrics import explain_failed_write, replace_file
 
 CODE = "code"
@@ -55,18 +55,22 @@ def keep_code(run_dir: Path, config: Any, experiment: str | Path | None, step: i
     return notes
 
 
-def read_own(data: dict[str, Any], run_dir: Path, imports: Sequence[str | Path] = ()) -> Any:
+def read_own(data: dict[str, Any], run_dir: Path, imports: Sequence[str | Path] = ()) -> TrainConfig:
     """The config of a run, with the classes that the files `imports` define.
 
-    Raises: ValueError for a class that is nowhere; it names the file that is needed.
+    Raises: ValueError for a class that is nowhere, naming the file that is needed; for what is no config, naming config.json.
     """
     own = [import_file(path) for path in imports]
+    where = run_dir / "config.json"
     try:
-        return from_json(data, own)
+        config = from_json(data, own)
+        if not isinstance(config, TrainConfig):
+            raise ValueError(f"config: needs that of a run, got a {type(config).__name__}; put back the file")
+        return config
     except UnknownClass as error:
         module, _, name = error.name.rpartition(".")
         if not module or module.startswith("jaxmem."):
-            raise
+            raise ValueError(f"{where}: {error}") from error
         copies = sorted((run_dir / CODE).rglob("*.py"))
         defining = [path for path in copies if re.search(rf"^class {name}\b", path.read_text(errors="replace"), re.M)]
         if got := ", ".join(map(str, imports)):
@@ -80,6 +84,8 @@ def read_own(data: dict[str, Any], run_dir: Path, imports: Sequence[str | Path] 
             f"run: needs the class {error.name}, got {got or f'no file that defines it in {run_dir / CODE}'}; "
             f"find the file {module.replace('.', '/')}.py with which the run was made and add --import FILE"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def import_file(path: str | Path) -> ModuleType:
@@ -99,25 +105,11 @@ def import_file(path: str | Path) -> ModuleType:
     try:
         with found_beside(path):
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_new:
             del sys.modules[path.stem]
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        missing = f"; put {error.name}.py beside it" if isinstance(error, ModuleNotFoundError) else "; correct it"
-        raise ValueError(f"import: needs a Python file that runs, got {str(path)!r} ({what}){missing}") from error
+        raise ValueError(explained(error, path)) from error
     return module
-
-
-@contextlib.contextmanager
-def found_beside(path: Path) -> Iterator[None]:
-    """Modules in the folder of a file can be imported, as when Python is started with that file."""
-    folder = str(path.resolve().parent)
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
 
 
 def _types(config: Any) -> Iterator[str]:

@@ -52,10 +52,6 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
         )
     saved, notes = again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))
     config = read_own(saved, run_dir, imports)
-    if not isinstance(config, TrainConfig):
-        raise ValueError(
-            f"run: needs the config of a run in {run_dir / CONFIG_FILE}, got a {type(config).__name__}; put back the file"
-        )
     tokenizer = tokenizer_of_run(config.data.tokenizer, run_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(

@@ -230,6 +230,40 @@ def test_the_summary_compares_with_the_compressors(page, run_dir):
     assert "the best of gzip, bzip2 and xz on whole files" in summary
 
 
+@pytest.mark.parametrize("sample", ["NaN", "Infinity", "\\NaN"])
+def test_a_sample_that_reads_like_a_number_is_shown(sample, tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write("final", 3, prompt="-Infinity", sample=sample)
+    assert f"<pre><b>-Infinity</b>{sample}</pre>" in write_report(tmp_path).read_text()
+
+
+def test_a_sample_of_an_older_version_that_was_read_as_a_number_is_shown(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "final", "step": 3, "prompt": "", "sample": "NaN"}\n')
+    assert "<pre>nan</pre>" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("config.json", "", r"needs a JSON object in .*config.json, got an empty file; put it back, or remove it"),
+        ("config.json", '{"steps": 1', r"needs a JSON object in .*config.json, got other text \(Expecting"),
+        ("config.json", "[1]", r"needs a JSON object in .*config.json, got a list; put it back"),
+        ("config.json", "\0\1", r"needs a JSON object in .*config.json, got other text"),
+        ("metrics.jsonl", "[]\n", r"got line=1 of .*metrics.jsonl without; repair or remove that line"),
+        (
+            "metrics.jsonl",
+            '{"kind": "eval", "step": 1, "bits_per_byte": "much"}\n',
+            r"report: needs lines as a run writes them, got others in .*metrics.jsonl \(",
+        ),
+    ],
+)
+def test_a_file_that_is_damaged_is_named(name, text, message, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path)
+
+
 def test_text_of_the_run_is_escaped(page):
     assert "<b>line 601: </b>67 words of a held-out file\n&lt;b&gt;5 &amp; more&lt;/b&gt;" in page
     assert "a &lt; b" in page
