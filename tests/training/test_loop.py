@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
