@@ -83,12 +83,12 @@ def command(name: str, function: Callable[..., int], config: Any = None) -> Comm
     return Command(name, function, positional, options, docs, config, frozenset(fixed))
 
 
-def run(command: Command, words: list[str]) -> int:
-    """Calls the function with what `words` say.
+def run(command: Command, argv: list[str]) -> int:
+    """Calls the function with what `argv` says.
 
     Raises: ValueError for words that it does not take; what the function does.
     """
-    said = _read(command, words)
+    said = _read(command, argv)
     for name, option in command.options.items():
         if option.default is REQUIRED and option.path not in said:
             raise ValueError(f"{command.name}: needs --{name}, got none; {_sentence(option.doc) or _see_help(command)}")
@@ -96,7 +96,8 @@ def run(command: Command, words: list[str]) -> int:
     if command.config is not None:
         fields = {path[1:]: value for path, value in said.items() if len(path) > 1}
         options["config"] = _replace(command.config, fields) if fields else command.config
-    return command.function(*(options.pop(name) for name in command.positional), **options)
+    words = [options.pop(name) for name in command.positional]
+    return command.function(*words, **options)
 
 
 def _read(command: Command, words: list[str]) -> dict[tuple[str | int, ...], Any]:
@@ -279,20 +280,24 @@ def help_text(command: Command) -> str:
     wrap = lambda text, indent: [
         line
         for part in text.splitlines()
-        for line in textwrap.wrap(part, width, initial_indent=indent, subsequent_indent=indent)
+        for line in textwrap.wrap(part, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     ]
     about = inspect.cleandoc(command.function.__doc__ or "").partition("\nArgs:")[0].strip()
-    usage = " ".join(["usage: jaxmem", command.name, *map(str.upper, command.positional), "[OPTIONS]"])
-    lines = [usage, "", *wrap(about, ""), ""]
+    how = " ".join(["usage: jaxmem", command.name, *map(str.upper, command.positional), "[OPTIONS]"])
+    lines = [how, "", *wrap(about, ""), ""]
     for name in command.positional:
         lines += [f"{name.upper()}", *wrap(command.docs.get(name, ""), "      ")]
-    section = None
-    for name, option in command.options.items():
-        if (of := name.rpartition(".")[0]) != section:
-            lines += ["", of or "options"]
-            section = of
-        lines += textwrap.wrap(_usage(name, option), width, initial_indent="  ", subsequent_indent="      ")
-        lines += wrap(option.doc, "      ")
+    sections: dict[str, list[str]] = {}
+    for name in command.options:
+        sections.setdefault(name.rpartition(".")[0], []).append(name)
+    for section, names in sections.items():
+        lines += ["", section or "options"]
+        for name in names:
+            usage = _usage(name, command.options[name])
+            lines += textwrap.wrap(
+                usage, width, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False
+            )
+            lines += wrap(command.options[name].doc, "      ")
     return "\n".join(lines)
 
 

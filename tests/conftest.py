@@ -65,13 +65,17 @@ _peaks: dict[str, int] = {}
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """Drops compiled programs, each of which holds some memory and maps for as long as JAX remembers it, when there is too much."""
+    """Drops compiled programs, each of which holds memory and maps as long as JAX remembers it, when there is too much."""
     yield
-    if next(_tests_done) % 4 == 0 and MAPS.exists():
-        if memory_mib("VmRSS") > MUCH_MIB or MAPS.read_bytes().count(b"\n") > MANY_MAPS:
-            jax.clear_caches()
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
+    if next(_tests_done) % 4 == 0 and (memory_mib("VmRSS") > MUCH_MIB or n_maps() > MANY_MAPS):
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def n_maps() -> int:
+    """Memory maps of this process; 0 where no system tells."""
+    return MAPS.read_bytes().count(b"\n") if MAPS.exists() else 0
 
 
 def memory_mib(kind: str) -> int:
@@ -94,15 +98,16 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
+    """A worker of pytest-xdist has ended."""
     _peaks[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak_mib", 0)
 
 
 def pytest_terminal_summary(terminalreporter):
-    peaks = ", ".join(f"{name} {mib:,} MiB" for name, mib in sorted(_peaks.items()))
-    most = f"at most {MOST_MIB:,} MiB are allowed"
+    """The memory of each process, and that it was too much."""
     if max(_peaks.values(), default=0) > MOST_MIB:
         terminalreporter.section("too much memory", red=True)
-    terminalreporter.write_line(f"peak memory: {peaks}; {most}")
+    peaks = ", ".join(f"{name} {mib:,} MiB" for name, mib in sorted(_peaks.items()))
+    terminalreporter.write_line(f"peak memory: {peaks}; needs at most {MOST_MIB:,} MiB")
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmem import cli
+import jaxmem
+from jaxmem import arguments, cli
 from jaxmem.checkpoints import CheckpointStore
 from jaxmem.config import to_json
 from jaxmem.layers.attention import AttentionConfig
@@ -65,7 +66,7 @@ def run(*words) -> int:
         return end.code
 
 
-def jaxmem(*words, **environment) -> subprocess.CompletedProcess:
+def in_process(*words, **environment) -> subprocess.CompletedProcess:
     """A command as a process of its own, on one device."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | environment
     command = [sys.executable, "-m", "jaxmem.cli", *words]
@@ -79,11 +80,16 @@ def jaxmem(*words, **environment) -> subprocess.CompletedProcess:
         (("train",), ("EXPERIMENT.py --help", "--out", "--resume")),
         (
             ("train", "tiny.py"),
-            ("--steps INT", "--optimizer.learning-rate", "--mesh.fsdp", "--data.batch-size", "--out"),
+            (
+                "--steps  an integer >= 1  [12]",
+                "--optimizer.learning-rate  a number > 0  [0.01]",
+                "--mesh.fsdp",
+                "--out",
+            ),
         ),
         (("generate",), ("--prompt", "--temperature", "--capacity", "Folder of a run")),
         (("info",), ("Name of a preset, or an experiment file", "--context")),
-        (("plan", "tiny.py"), ("--tpu STR", "--mesh.seq", "--mesh.layout", "Topology, e.g. v5p:8x8x8")),
+        (("plan", "tiny.py"), ("--tpu  a string  [needed]", "--mesh.seq", "--mesh.layout", "Topology, e.g. v5p:8x8x8")),
         (("kernels",), ("--tpu", "--gpu", "Of a causal sequence")),
     ],
     ids=" ".join,
@@ -196,10 +202,93 @@ def test_a_table_is_made_grown_and_looked_at(folder, capsys):
     assert "needs at least its 2000000000 rows, got n_rows=5; rows are never dropped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["", "trian", "train", "train tiny.py --stepz 3", "info mom-340m --context many"])
-def test_words_that_are_no_command_are_told_with_the_way_to_help(words, folder, capsys):
+def test_help_lists_every_option_within_80_columns(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("train", "tiny.py", "--help") == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    command = arguments.command("train", cli.train, load_experiment("tiny.py"))
+    assert len(command.options) > 70 and [name for name in command.options if f"--{name}" not in printed] == []
+    assert "Adam's decay of the mean of gradients" in printed and "model.pattern.0.inner" in printed
+
+
+def test_a_command_by_itself_is_its_help_and_the_version_is_told(capsys):
+    assert run() == 0
+    assert "  generate  Let a trained model continue a prompt" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert re.match(
+        rf"jaxmem {jaxmem.__version__}, Python 3\.\d+\.\d+, jax {jax.__version__}, ", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    "words, path, value",
+    [
+        ("--steps 1e3", "steps", 1000),
+        ("--steps=7", "steps", 7),
+        ("--optimizer.learning_rate 3e-4", "optimizer.learning_rate", 3e-4),
+        ("--optimizer.clip-norm None", "optimizer.clip_norm", None),
+        ("--optimizer.tables.b2 0.5", "optimizer.tables.b2", 0.5),
+        ("--mesh.data -1", "mesh.data", -1),
+        ("--data.train a b/*.txt --steps 3", "data.train", ("a", "b/*.txt")),
+        ("--data.train", None, "at least one folder"),
+        ("--model.no-tie-embeddings", "model.tie_embeddings", False),
+        ("--model.tie-embeddings=False", "model.tie_embeddings", False),
+        ("--model.pattern.0.inner.key-dim 32", "model.pattern.0.inner.key_dim", 32),
+        ("--model.pattern.1.window None", "model.pattern.1.window", None),
+        ("--mesh.table-columns data fsdp", "mesh.table_columns", ("data", "fsdp")),
+        ("--sample-prompt=--no", "sample_prompt", "--no"),
+    ],
+)
+def test_options_become_fields(words, path, value, folder, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("jaxmem.training.loop.train", lambda config, *_, **__: made.append(config))
+    code = run("train", "tiny.py", *words.split())
+    if path is None:
+        assert code == 2 and value in capsys.readouterr().err
+        return
+    assert code == 0
+    (got,) = made
+    for part in path.split("."):
+        got = got[int(part)] if part.isdecimal() else getattr(got, part)
+    assert got == value and type(got) is type(value)
+    assert made[0] != load_experiment("tiny.py") or "mesh.data" in path or "tie" in words
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("trian", "needs a command, one of train, generate, .*, got 'trian'; did you mean train?"),
+        ("train", "train: needs an experiment file that ends in .py, got none; name one"),
+        ("train tiny.py --stepz 3", "train: needs an option that it has, got --stepz; did you mean --steps?"),
+        ("train tiny.py --optimizer.lr 1", "got --optimizer.lr; did you mean --optimizer.learning-rate?"),
+        ("train tiny.py --lr 1", "got --lr; did you mean --optimizer.learning-rate?"),
+        ("train tiny.py --optimizer.tables.lr 1", "did you mean --optimizer.tables.learning-rate?"),
+        ("train tiny.py --batch-size 1", "did you mean --data.batch-size?"),
+        ("train tiny.py --epochs 1", "did you mean --steps?"),
+        ("train tiny.py --zzz", "got --zzz; `jaxmem train EXPERIMENT.py --help` lists them"),
+        (
+            "train tiny.py --model.pattern.1.scheme.keys ring",
+            "to be set in the experiment file, got --model.pattern.1.sch",
+        ),
+        ("train tiny.py --steps", "train: needs a value after --steps, got none; give an integer >= 1"),
+        ("train tiny.py --steps 1.5", "train: needs --steps to be an integer >= 1, got --steps=1.5; change it"),
+        ("train tiny.py --sample-tokens -1", "needs --sample-tokens to be an integer >= 0, got --sample-tokens=-1"),
+        ("train tiny.py --steps 1 --steps 2", "train: needs each option once, got --steps again; leave one out"),
+        ("info", "info: needs MODEL, got none; name of a preset, or an experiment file"),
+        (
+            "info mom-340m --context many",
+            "info: needs --context to be an integer >= 1, got --context='many'; change it",
+        ),
+        ("info mom-340m more", "info: needs options after 'mom-340m', got 'more'; `jaxmem info --help` lists them"),
+        ("table crate x", "needs action to be one of info, create, grow, got action='crate'; did you mean create?"),
+        ("plan tiny.py", "plan: needs --tpu, got none; topology, e.g. v5p:8x8x8"),
+    ],
+)
+def test_words_that_are_no_command_are_one_sentence(words, told, folder, capsys):
     assert run(*words.split()) == 2
-    assert "--help" in capsys.readouterr().err
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("jaxmem: ") and re.search(told.replace("?", "[?]"), sentence), sentence
 
 
 def test_another_run_in_the_folder(folder, capsys):
@@ -336,10 +425,10 @@ def test_processes_that_cannot_find_each_other(folder, capsys, monkeypatch):
 
 
 def test_a_process_says_one_sentence_or_shows_where(folder):
-    told = jaxmem("info", "mom-34m")
+    told = in_process("info", "mom-34m")
     assert (told.returncode, told.stdout) == (2, "")
     assert told.stderr.count("\n") == 1 and told.stderr.startswith("jaxmem: preset: ")
-    shown = jaxmem("info", "mom-34m", **{cli.TRACEBACK: "1"})
+    shown = in_process("info", "mom-34m", **{cli.TRACEBACK: "1"})
     assert shown.returncode == 1
     assert shown.stderr.startswith("Traceback") and told.stderr.removeprefix("jaxmem: ") in shown.stderr
 

@@ -87,7 +87,7 @@ def load_checkpoint(
 
 
 def again_if_gone(directory: str | os.PathLike, read: Callable[[], Read]) -> Read:
-    """What `read` returns, anew where it fails while a checkpoint disappears, as beside a run that keeps the last one only."""
+    """What `read` returns, anew where it fails while a checkpoint disappears, as beside a run that keeps only the last."""
     for _ in range(_READINGS):
         before = complete_steps(directory)
         try:

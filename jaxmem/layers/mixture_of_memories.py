@@ -295,6 +295,7 @@ class MixtureOfMemories(SequenceMixer):
         if n_shards(axis) > 1 and history:
             before = remembered_before(history, {name: packed(x[name]) for name in history}, packing, axis)
         recent = jnp.arange(n_history, 0, -1) <= before_call.tokens[..., None]  # [B M n]
+        recent |= before_call.document[..., None] == 1  # zeros before the tokens that the state has seen
         of_items = jnp.broadcast_to(tokens.document[..., None], memory.shape)
         documents = packed(of_items, jnp.where(recent, before_call.document[..., None], 0))
         inputs = {name: packed(a, before.get(name)) for name, a in x.items()}

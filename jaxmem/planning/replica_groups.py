@@ -46,7 +46,7 @@ def is_alone(instruction: str) -> bool:
 
 
 def _along(mesh: str, order: str | None, axes: str) -> np.ndarray:
-    """[groups, devices of one] along `axes`, which may be parts of a mesh's axis: 'x':(2)4 is the 4 in 'x' as 2 x 4 x rest."""
+    """[groups, devices of one] along `axes`, some of them parts of a mesh's axis: 'x':(2)4 is 4 of 'x' as 2, 4, a rest."""
     sizes = {name: int(size) for name, size, _, _ in _AXIS.findall(mesh)}
     wanted = [(name, (int(before), int(part)) if part else None) for name, _, before, part in _AXIS.findall(axes)]
     shape, place = [], {}

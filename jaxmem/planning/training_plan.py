@@ -88,7 +88,7 @@ def plan(config: TrainConfig, topology: str, say: Callable[[str], None] = lambda
         say(f"{topology}: tracing a step for {len(there)} devices")
         state = on_devices(jax.eval_shape(lambda: init_state(config)), mesh)
         part = named_sharding(mesh, None, "batch", "time")
-        batch = Shifted(*4 * [jax.ShapeDtypeStruct((config.accumulate, rows, n_tokens), jnp.int32, sharding=part)])
+        batch = Shifted(*5 * [jax.ShapeDtypeStruct((config.accumulate, rows, n_tokens), jnp.int32, sharding=part)])
         # the schedule as text: that of `compiled.as_text()` fails where exchanges are spread over several kernels
         options = (compiler_options(mesh) or {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         began = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxmem.arguments import nearest
 from jaxmem.checkpoints import CheckpointConfig
-from jaxmem.fields import Count, Natural, NonNegative, Seed, checked
+from jaxmem.fields import Count, Natural, NonNegative, Seed, checked, shown
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig
 from jaxmem.training.data import DataConfig
@@ -88,8 +88,9 @@ def load_experiment(path: str | Path) -> TrainConfig:
             del sys.modules[path.stem]
         raise ValueError(explained(error, path)) from error
     if not isinstance(made, TrainConfig) or made is config:
-        got = f"{made!r:.60}" if made is None or isinstance(made, type) else f"a {type(made).__name__}"
-        got = f"{got} from it" if inspect.isroutine(config) else "none" if config is None else f"{got} of that name"
+        got = (
+            "none" if config is None else f"{shown(made)} {'from it' if inspect.isroutine(config) else 'of that name'}"
+        )
         raise ValueError(
             f"experiment: needs a function config() that returns a TrainConfig, got {got} in {str(path)!r}; "
             "experiments/quickstart.py is one to copy"

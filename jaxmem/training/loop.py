@@ -19,17 +19,18 @@ from rich.console import Console
 
 from jaxmem.checkpoints import CheckpointError, CheckpointStore
 from jaxmem.config import to_json
-from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
+from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.sharding import make_mesh, use_mesh
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
 from jaxmem.training import rates
 from jaxmem.training.agreement import agree, run_facts
 from jaxmem.training.clock import Clock
-from jaxmem.training.data import heldout_batches, heldout_pieces, train_batches, training_pieces
+from jaxmem.training.data import heldout_batches, read_text, train_batches
 from jaxmem.training.evaluation import Evaluation, evaluate, make_eval_step
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.finish import finish
+from jaxmem.training.identity import NAMES, check_identity, data_identity, keep_tokenizer, tokenizer_to_train_with
 from jaxmem.training.metrics import MetricsWriter, replace_file
 from jaxmem.training.not_finite import NotFinite, advice, describe_not_finite
 from jaxmem.training.optimizer import without_kind
@@ -91,7 +92,7 @@ def train(
     """
     run_dir = Path(run_dir)
     agree(lambda: run_facts(config, run_dir, resume) | {"--from-step": from_step})
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_to_train_with(config.data.tokenizer, run_dir, resume)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"train: needs model.vocab_size of at least the tokenizer's {tokenizer.vocab_size}, "
@@ -103,7 +104,7 @@ def train(
         check_run_dir(run_dir, config, resume, from_step)
         mesh = make_mesh(config.mesh) if jax.device_count() > 1 or max(config.mesh.sizes) > 1 else None
         run = _Run(config, tokenizer, mesh, run_dir)
-        agree(lambda: {"training data": run.pieces.fingerprint, "held-out data": run.heldout.fingerprint})
+        agree(lambda: {NAMES[name]: digest for name, digest in run.identity.items()})
         store = stack.enter_context(CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint, to_json(config)))
         stop = stack.enter_context(stop_on_signals())
         with use_mesh(mesh, rules_of(config.mesh)):
@@ -115,6 +116,7 @@ def train(
                 notes.append(f"no checkpoint in {run_dir} to resume from: starting at step 0")
             metrics = None
             if is_main:
+                keep_tokenizer(tokenizer, config.data.tokenizer, run_dir)
                 notes += keep_code(run_dir, as_json, experiment, first)
                 replace_file(run_dir / CONFIG_FILE, json.dumps(as_json, indent=2) + "\n")
                 mark_checkpoints(run_dir)
@@ -123,11 +125,7 @@ def train(
                 notes += metrics.notes
             console = None if is_main else Console(quiet=True)
             progress = stack.enter_context(Progress(config.steps, first, console, on_closed=stop.close_output))
-            for line in (
-                f"training data: {run.pieces.report}",
-                f"held-out data: {run.heldout.report}",
-                *filter(None, notes),
-            ):
+            for line in (*run.reports(), *filter(None, notes)):
                 progress.say(line)
             try:
                 state, evaluation, stopped = run.steps(state, batches, store, stop, metrics, progress)
@@ -145,8 +143,8 @@ def train(
                 return Outcome(step, stopped=True)
             if evaluation is None:
                 evaluation = run.evaluate(state, None)
-        for failed in (pieces.report for pieces in (run.pieces, run.heldout) if pieces.report.failed_reads):
-            progress.say(f"some text could not be read again: {failed}")
+        for report in run.failed_reads():
+            progress.say(f"some text could not be read again, or was not the same, and was left out: {report}")
         params = to_host(state.params)
         if metrics is not None:
             summary = finish(config, tokenizer, params, run.heldout, evaluation, metrics, run_dir, began)
@@ -181,8 +179,10 @@ class _Run:
         self.tables = TableCheckpoints(run_dir / TABLES, config) if touched else None
         self.config, self.tokenizer, self.mesh, self.run_dir = config, tokenizer, mesh, run_dir
         self.share, self.place = share_of_rows(mesh), on_mesh(mesh)
-        self.pieces = training_pieces(config.data, tokenizer)
-        self.heldout = heldout_pieces(config.data, tokenizer)
+        text = read_text(config.data, tokenizer)
+        self.pieces, self.heldout = text
+        self.identity = data_identity(text, tokenizer)
+        self.told_of_failures = False
         require_fit(config, mesh)
         self.train_step = self._compiled_step(config)
         self.eval_step = jax.jit(make_eval_step(config.model))
@@ -205,11 +205,7 @@ class _Run:
         abstract = on_devices(jax.eval_shape(fresh), self.mesh)
         restored = store.restore(abstract._asdict() if self.tables is None else self.tables.rest(abstract), from_step)
         check_config(self.run_dir, restored.run_config, self.config)
-        if restored.data_state["fingerprint"] != self.pieces.fingerprint:
-            raise ValueError(
-                f"resume: needs the training data that the checkpoint of step {restored.step} was made with, "
-                "got other files or texts; put them back, or start a new run with --out"
-            )
+        check_identity(restored.data_state.get("data"), self.identity, restored.step)
         if restored.step > self.config.steps:
             raise ValueError(
                 f"resume: needs at least the {restored.step} steps that the checkpoint has made, "
@@ -245,7 +241,7 @@ class _Run:
             step += 1
             if pending is not None:
                 self.tell(*pending, clock, metrics, progress)
-            pending, evaluation = (step, told, self.target_bytes(batch)), None
+            pending, evaluation = (step, told), None
 
             last = step == config.steps
             evaluation_due = last or step % config.eval_every_steps == 0
@@ -257,11 +253,11 @@ class _Run:
                 pending = None
                 if evaluation_due:
                     evaluation = self.evaluate(state, None if last else config.eval_bytes)
-                    if metrics is not None:
+                    if metrics is not None and evaluation is not None:
                         metrics.write("eval", step, **dataclasses.asdict(evaluation))
                 if save_due or stopping:
                     data_state = {
-                        "fingerprint": self.pieces.fingerprint,
+                        "data": self.identity,
                         "iterators": gather_states(batches.get_state()),
                     }
                     if self.tables is not None:
@@ -272,14 +268,12 @@ class _Run:
                 clock.restart()
         return state, evaluation, stopping
 
-    def tell(
-        self, step: int, told: StepMetrics, n_bytes: int, clock: "Clock", metrics: Metrics, progress: Progress
-    ) -> None:
+    def tell(self, step: int, told: StepMetrics, clock: "Clock", metrics: Metrics, progress: Progress) -> None:
         """Waits for a step, then writes and shows it. Raises NotFinite if it was not made."""
         told = jax.device_get(told)
         step_s, wait_s = clock.read()
         n_targets = float(told.n_targets)
-        bits_per_byte = float(told.nats) / math.log(2) / max(n_bytes, 1)
+        bits_per_byte = float(told.nats) / math.log(2) / max(int(told.n_bytes), 1)
         loss = float(told.nats) / max(n_targets, 1)
         if metrics is not None:
             metrics.write(
@@ -295,20 +289,32 @@ class _Run:
                 wait_s=wait_s,
             )
         progress.update(step, loss, bits_per_byte, n_targets / step_s)
+        if self.pieces.report.failed_reads and not self.told_of_failures:
+            self.told_of_failures = True
+            progress.say(f"step {step}: some text cannot be read again, or is not the same: {self.pieces.report}")
         if not told.finite:
             raise NotFinite(describe_not_finite(step, told))
 
-    def evaluate(self, state: TrainState, max_bytes: int | None) -> Evaluation:
+    def evaluate(self, state: TrainState, max_bytes: int | None) -> Evaluation | None:
+        """None if there is no held-out text."""
+        if self.heldout is None:
+            return None
         batches = heldout_batches(
             self.config.data, self.tokenizer, *self.share, max_bytes=max_bytes, pieces=self.heldout
         )
         step = lambda batch: self.eval_step(state.params, batch)
-        return evaluate(step, batches, self.tokenizer.token_bytes, self.config.model, self.place)
+        return evaluate(step, batches, self.config.model, self.place)
 
     def parts(self, rows: np.ndarray) -> np.ndarray:
         return rows.reshape(self.config.accumulate, -1, rows.shape[-1])
 
-    def target_bytes(self, batch: dict[str, np.ndarray]) -> int:
-        """Bytes of text that the targets of a batch stand for, on this process times the number of shares."""
-        rows = shifted(batch)
-        return int(self.tokenizer.token_bytes[rows.targets[rows.counts]].sum()) * self.share[1]
+    def reports(self) -> list[str]:
+        """A line each on the text to train on and the text held out."""
+        heldout = "none, so there is no evaluation" if self.heldout is None else self.heldout.report
+        return [f"training data: {self.pieces.report}", f"held-out data: {heldout}"]
+
+    def failed_reads(self) -> list[str]:
+        """What each process could not read again, every line once; all must ask."""
+        reports = [pieces.report for pieces in (self.pieces, self.heldout) if pieces is not None]
+        everyone = gather_states([str(report) for report in reports if report.failed_reads])
+        return list(dict.fromkeys(line for lines in everyone for line in lines))

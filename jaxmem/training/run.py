@@ -9,8 +9,9 @@ from flax import nnx
 
 from jaxmem.checkpoints import Restored, again_if_gone, complete_steps, load_checkpoint, read_run_config
 from jaxmem.models.decoder import Decoder
-from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
+from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.training.experiment import TrainConfig
+from jaxmem.training.identity import tokenizer_of_run
 from jaxmem.training.own_code import read_own
 from jaxmem.training.resume import notes_on_config_file, unchecked_config
 from jaxmem.training.run_folder import CHECKPOINTS, CONFIG_FILE, TABLES, read_config
@@ -51,7 +52,7 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
         )
     saved, notes = again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))
     config = read_own(saved, run_dir, imports)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of_run(config.data.tokenizer, run_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"run: needs a tokenizer of at most {config.model.vocab_size} tokens, got vocab_size={tokenizer.vocab_size} "

@@ -232,7 +232,7 @@ def test_wrong_calls(arguments, text):
 
 
 def test_a_state_of_another_batch_is_refused():
-    model = nnx.eval_shape(lambda: decoder().make(rngs=nnx.Rngs(0)))
+    model = make(decoder())
     state = jax.eval_shape(lambda: model.init_state(3, capacity=T))
     with pytest.raises(ValueError, match="needs the state of a batch of 2 rows .* instead of"):
         jax.eval_shape(lambda state: model(make_tokens(), state), state)

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizer_kinds import save_tokenizer
 
 from jaxmem.checkpoints import CheckpointConfig, CheckpointStore, best_step, complete_steps, load_checkpoint
 from jaxmem.config import from_json, to_json
 from jaxmem.models.tokenizer import load_tokenizer
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.training import loop
+from jaxmem.training.data import heldout_files
 from jaxmem.training.loop import Outcome, train
 from jaxmem.training.metrics import read_metrics
 from jaxmem.training.not_finite import NotFinite
@@ -190,6 +192,48 @@ def test_other_data_are_noticed(config, killed_after, save_again, tmp_path):
         file.write(" more")
     with pytest.raises(ValueError, match="needs the training data that the checkpoint of step 6 was made with"):
         train(elsewhere, run_dir, resume=True)
+
+
+def test_other_heldout_text_of_the_same_size_is_noticed(config, killed_after, tmp_path):
+    run_dir = killed_after(6)
+    copy = shutil.copytree(config.data.train[0], tmp_path / "text")
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(copy),)))
+    (run_dir / "config.json").write_text(json.dumps(to_json(moved)))
+    name, text = heldout_files(moved.data)[0]
+    (copy / name).write_bytes(text.swapcase())
+    with pytest.raises(
+        ValueError, match="needs the held-out data that the checkpoint of step 6 was made with, got other"
+    ):
+        train(moved, run_dir, resume=True)
+
+
+def test_without_held_out_text_and_with_a_tokenizer_that_disappears(config, tmp_path, capsys):
+    """One run of both: it is trained without evaluation, and its folder has all that it takes to generate and go on."""
+    path = tmp_path / "given" / "tokenizer.json"
+    path.parent.mkdir()
+    texts = [file.read_text() for file in Path(config.data.train[0]).iterdir()]
+    save_tokenizer("metaspace", path, texts)
+    data = dataclasses.replace(config.data, tokenizer=str(path), heldout_fraction=0.0)
+    config = dataclasses.replace(config, data=data, steps=2, checkpoint=CheckpointConfig(every_steps=1))
+    run_dir = tmp_path / "run"
+    train(config, run_dir)
+    printed = capsys.readouterr().out
+    assert "held-out data: none, so there is no evaluation" in printed and "no held-out text: nothing was" in printed
+    lines = read_metrics(run_dir)
+    assert [line["kind"] for line in lines] == ["train", "train", "final"] and "bits_per_byte" not in lines[-1]
+    assert (run_dir / "report.html").exists()
+    assert (run_dir / "tokenizer.json").read_bytes() == path.read_bytes()
+
+    kept = json.loads(path.read_text())
+    vocab = kept["model"]["vocab"]
+    a, b = sorted(vocab)[-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"resume: needs the tokenizer of the run in .* with other contents; put back"):
+        train(config, run_dir, resume=True)
+    path.unlink()
+    assert load_run(run_dir).tokenizer.content == (run_dir / "tokenizer.json").read_bytes()
+    train(dataclasses.replace(config, sample_tokens=0), run_dir, resume=True)
 
 
 # Starting

@@ -256,9 +256,3 @@ def test_a_schedule_needs_steps():
 def test_parameters_without_axes(leaf):
     with pytest.raises(ValueError, match=r"optimizer: needs parameters with logical axes, got .* without axes; make"):
         make_optimizer(OptimizerConfig(), 10, {"w": leaf})
-
-
-def test_continuations_rise():
-    message = r"optimizer: needs pairs of steps that rise, got continued=\(\(5, 9\), \(5, 12\)\); leave it to the run"
-    with pytest.raises(ValueError, match=message):
-        OptimizerConfig(continued=((5, 9), (5, 12)))

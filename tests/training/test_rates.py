@@ -36,13 +36,13 @@ def go_on(config, steps, until_now, step):
 @pytest.mark.parametrize(
     "config, steps, until_now, step, wanted",
     [
-        (COSINE, 200, 100, 100, {99: rate_of(COSINE, 100, 99), 100: rate_of(COSINE, 100, 99), 200: 0.1}),
-        (COSINE, 155, 100, 55, {54: 0.5657, 55: 0.5657, 105: (0.5657 + 0.1) / 2, 155: 0.1, 200: 0.1}),
+        (COSINE, 200, 100, 100, {100: rate_of(COSINE, 100, 99), 200: 0.1}),
+        (COSINE, 155, 100, 55, {55: 0.5657, 105: (0.5657 + 0.1) / 2, 155: 0.1, 200: 0.1}),
         (COSINE, 60, 100, 55, {55: 0.5657, 60: 0.1}),
-        (WSD, 200, 100, 50, {49: 1.0, 50: 1.0, 119: 1.0, 120: 1.0, 160: 0.55, 200: 0.1}),
-        (WSD, 200, 100, 80, {79: 0.5725, 80: 0.5725, 120: 0.5725, 160: (0.5725 + 0.1) / 2, 200: 0.1}),
+        (WSD, 200, 100, 50, {50: 1.0, 119: 1.0, 120: 1.0, 160: 0.55, 200: 0.1}),
+        (WSD, 200, 100, 80, {80: 0.5725, 120: 0.5725, 160: (0.5725 + 0.1) / 2, 200: 0.1}),
         (WSD, 85, 100, 80, {80: 0.5725, 85: 0.1}),
-        (CONSTANT, 200, 100, 50, {0: 0.1, 9: 1.0, 50: 1.0, 199: 1.0}),
+        (CONSTANT, 200, 100, 50, {50: 1.0, 199: 1.0}),
     ],
     ids=[
         "cosine that has ended",
@@ -55,8 +55,8 @@ def go_on(config, steps, until_now, step):
     ],
 )
 def test_a_continued_schedule_by_hand(config, steps, until_now, step, wanted):
-    config = go_on(config, steps, until_now, step)
-    assert config.continued == ((step, until_now),)
+    before, config = config, go_on(config, steps, until_now, step)
+    assert config.continued == (step, rate_of(before, until_now, step - 1))
     rates = jax.jit(jax.vmap(make_schedule(config, steps)))(np.arange(201))
     for at, rate in wanted.items():
         np.testing.assert_allclose(rates[at], rate, rtol=2e-4, err_msg=f"{at=}")
@@ -65,37 +65,39 @@ def test_a_continued_schedule_by_hand(config, steps, until_now, step, wanted):
 
 
 @pytest.mark.parametrize("config", [COSINE, WSD], ids=["cosine", "wsd"])
-def test_what_was_before_a_continuation_stays_and_nothing_jumps(config):
-    twice = go_on(go_on(config, 200, 100, 100), 400, 200, 150)
-    assert twice.continued == ((100, 100), (150, 200))
-    rates = [rate_of(twice, 400, step) for step in range(401)]
-    assert rates[:100] == [rate_of(config, 100, step) for step in range(100)]
-    assert max(b / a for a, b in zip(rates[10:], rates[11:], strict=False)) <= 1 + 1e-12, "never up again after warm-up"
+def test_a_run_continued_twice_never_goes_up_again(config):
+    once = go_on(config, 200, 100, 100)
+    twice = go_on(once, 400, 200, 150)
+    rates = [rate_of(config, 100, step) for step in range(100)]
+    rates += [rate_of(once, 200, step) for step in range(100, 150)]
+    rates += [rate_of(twice, 400, step) for step in range(150, 401)]
+    assert max(b / a for a, b in zip(rates[10:], rates[11:], strict=False)) <= 1 + 1e-12, "after warm-up"
     assert rates[400] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
     "steps, step, on_new_steps, before, wanted",
     [
-        (100, 60, "continue", (), ()),
-        (100, 60, "restate", ((50, 70),), ((50, 70),)),
-        (200, 60, "restate", ((50, 70),), ()),
-        (200, 60, "continue", ((50, 70),), ((50, 70), (60, 100))),
-        (200, 50, "continue", ((50, 70),), ((50, 100),)),
-        (200, 5, "continue", (), ()),
+        (100, 60, "continue", None, None),
+        (100, 60, "restate", (50, 0.3), (50, 0.3)),
+        (200, 60, "restate", (50, 0.3), None),
+        (200, 100, "continue", (50, 0.1), (100, 0.1)),
+        (200, 5, "continue", None, None),
     ],
-    ids=["the same", "the same again", "restated", "continued", "from an older checkpoint", "in warm-up"],
+    ids=["the same", "the same again", "restated", "continued again", "in warm-up"],
 )
-def test_which_continuations_are_kept(steps, step, on_new_steps, before, wanted):
+def test_which_continuation_is_kept(steps, step, on_new_steps, before, wanted):
     saved = dataclasses.replace(COSINE, continued=before)
     now = dataclasses.replace(COSINE, on_new_steps=on_new_steps)
     assert continued(now, steps, saved, 100, step).continued == wanted
 
 
 def test_a_rate_that_was_lowered_lowers_a_continued_schedule_alike():
-    config = go_on(COSINE, 200, 100, 100)
+    config = go_on(COSINE, 200, 100, 50)
     lower = dataclasses.replace(config, learning_rate=0.5)
     assert rate_of(lower, 200, 150) == pytest.approx(rate_of(config, 200, 150) / 2)
+    both = continued(dataclasses.replace(lower, continued=None), 200, COSINE, 100, 50)
+    assert both == lower and "0.3 in step 51, 0.5 times as high: it goes on" in describe(both, 200, COSINE, 100, 50)
 
 
 # As it is told
@@ -118,7 +120,8 @@ def test_a_rate_that_was_lowered_lowers_a_continued_schedule_alike():
             100,
             "0.123 in step 100, the last one made, and 1 in step 101, 8.2 times as high: the schedule is that of a run of "
             "200 steps now, not 100, and falls to 0.1 between step 120 and the end; --optimizer.on-new-steps continue goes "
-            "on from the rate reached instead, and falls to 0.1 between step 120 and the end",
+            "on from the rate reached instead, and falls to 0.1 between step 120 and the end; --from-step takes a checkpoint "
+            "of step 60 or before, where the decay had not begun",
         ),
         (
             WSD,
@@ -131,7 +134,7 @@ def test_a_rate_that_was_lowered_lowers_a_continued_schedule_alike():
             dataclasses.replace(WSD, on_new_steps="continue"),
             200,
             80,
-            "0.573 in step 80, the last one made, and 0.573 in step 81: it goes on from the rate reached, and falls to 0.1 "
+            "0.573 in step 80, the last one made, and 0.573 in step 81: it goes on from what was reached, and falls to 0.1 "
             "between step 120 and the end",
         ),
         (COSINE, 100, 60, None),
@@ -201,10 +204,10 @@ def test_a_resumed_run_says_its_rates_keeps_the_choice_and_is_exact_when_interru
     out = " ".join(capsys.readouterr().out.split())
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "whole") if line["kind"] == "train"]
     said = f"learning rate: {rates[5]:.3g} in step 6, the last one made, and {rates[6]:.3g} in step 7"
-    assert f"{said}: it goes on from the rate reached, and falls to 0.001 at the end" in out
+    assert f"{said}: it goes on from what was reached, and falls to 0.001 at the end" in out
     assert rates[6] == pytest.approx(rates[5]) and min(rates) == rates[-1]
     saved = json.loads((tmp_path / "whole" / "config.json").read_text())
-    assert saved["steps"] == 12 and saved["optimizer"]["continued"] == [[6, 6]]
+    assert saved["steps"] == 12 and saved["optimizer"]["continued"] == pytest.approx([6, 100 * rates[5]])
 
     for after in (9, None):  # killed after the save of step 9; then to the end, without the option
         with monkeypatch.context() as patch:
