@@ -59,7 +59,7 @@ def _invert_in_place(a: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
     Corners are put in place, not subtracted: fused into the product, that crashes libtpu 0.0.51's compiler for tpu7x.
     """
     index = jnp.arange(a.shape[-1])
-    inverse = jnp.broadcast_to(jnp.eye(a.shape[-1]), a.shape)
+    inverse = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
     block = 1
     while block < a.shape[-1]:
         half = index // block

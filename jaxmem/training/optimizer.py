@@ -33,6 +33,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from jaxmem.sharding import current_mesh
+from jaxmem.training.adam import scale_by_adam
 from jaxmem.training.lazy_adam import lazy_adam
 from jaxmem.typing import Array, Float, Int, PyTree
 
@@ -199,7 +200,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
             )
     dimensions = [matrix_dimensions(variable) for variable in variables]
     is_matrix = [numbers is not None for numbers in dimensions]
-    direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    direction = scale_by_adam(config.b1, config.b2, config.eps)
     if config.kind == "muon":
         is_table = [not set(TABLES).isdisjoint(variable.axes) for variable in variables]
         labels = ["muon" if m and not t else "adamw" for m, t in zip(is_matrix, is_table, strict=True)]
@@ -220,7 +221,12 @@ def make_table_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gra
     if c.update == "lazy":
         return lazy_adam(rate, c.b1, c.b2, c.eps, c.weight_decay, c.clip_norm)
     clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
-    return optax.chain(clip, optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay))
+    adamw = optax.chain(
+        scale_by_adam(c.b1, c.b2, c.eps),
+        optax.add_decayed_weights(c.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    return optax.chain(clip, adamw)
 
 
 def matrix_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
