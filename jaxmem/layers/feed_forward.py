@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from jaxmem.layers.blockwise import in_blocks
-from jaxmem.sharding import einsum, param
+from jaxmem.sharding import einsum, matrix, param
 from jaxmem.typing import Array, Float
 
 
@@ -33,9 +33,9 @@ class SwiGLU(nnx.Module):
         """
         self.block_tokens = block_tokens
         init = jax.nn.initializers.lecun_normal()
-        self.gate = param(rngs, init, (d_model, d_ffn), ("embed", "ffn"))
-        self.up = param(rngs, init, (d_model, d_ffn), ("embed", "ffn"))
-        self.down = param(rngs, init, (d_ffn, d_model), ("ffn", "embed"))
+        self.gate = param(rngs, init, (d_model, d_ffn), ("embed", "ffn"), matrix())
+        self.up = param(rngs, init, (d_model, d_ffn), ("embed", "ffn"), matrix())
+        self.down = param(rngs, init, (d_ffn, d_model), ("ffn", "embed"), matrix())
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self._apply(x) if self.block_tokens is None else in_blocks(self._apply, x, self.block_tokens)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.norm import l2_normalize
 from jaxmem.layers.recurrent import (
@@ -33,6 +34,7 @@ from jaxmem.layers.recurrent import (
 )
 from jaxmem.recurrences import delta
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR
 from jaxmem.typing import Array
 
 
@@ -72,7 +74,7 @@ class GatedDeltaNetConfig(DeltaNetConfig):
         return super().projections(d_model) | {"decay": self.per_head()}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        heads = (self.n_heads,), ("heads",)
+        heads = (self.n_heads,), ("heads",), VECTOR
         return {"a_log": Parameter(init_a_log(0.0, 16.0), *heads), "dt_bias": Parameter(init_dt_bias, *heads)}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
@@ -87,15 +89,15 @@ class GatedDeltaNetConfig(DeltaNetConfig):
 class GatedDeltaProductConfig(GatedDeltaNetConfig):
     """Several delta rules per token: a product of as many reflections, which can permute what is held."""
 
-    n_householder: int = 2
+    n_householder: Count = 2
     """Steps per token."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_householder < 1 or self.key_heads != self.n_heads:
+        if self.key_heads != self.n_heads:
             raise ValueError(
-                f"GatedDeltaProductConfig: needs n_householder >= 1 and as many key heads as heads, got "
-                f"n_householder={self.n_householder}, n_key_heads={self.n_key_heads} of n_heads={self.n_heads}; change them"
+                f"GatedDeltaProductConfig: needs as many key heads as heads, got n_key_heads={self.n_key_heads} "
+                f"of n_heads={self.n_heads}; leave n_key_heads out"
             )
 
     @property
@@ -123,7 +125,7 @@ class CombaConfig(GatedDeltaNetConfig):
     """
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        one = Parameter(nnx.initializers.ones, (self.key_heads,), ("heads",))
+        one = Parameter(nnx.initializers.ones, (self.key_heads,), ("heads",), VECTOR)
         return super().parameters(d_model) | {"correction": one, "query_correction": one}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.sharding import constrain, einsum, param
+from jaxmem.sharding import VECTOR, constrain, einsum, matrix, param
 from jaxmem.typing import Array, Float
 
 _TOKENS = ("batch", "time")
@@ -49,19 +49,21 @@ class GatedOutput(nnx.Module):
         gate_width, gate_axis = (d_model, "embed") if gate_rank is None else (gate_rank, "rank")
         make_gate = gate is not None
         self.gate_down = (
-            param(rngs, normal(d_model), (d_model, gate_rank), ("embed", "rank")) if make_gate and gate_rank else None
+            param(rngs, normal(d_model), (d_model, gate_rank), ("embed", "rank"), matrix())
+            if make_gate and gate_rank
+            else None
         )
         self.gate = (
-            param(rngs, normal(gate_width), (gate_width, n_heads, value_dim), (gate_axis, *heads))
+            param(rngs, normal(gate_width), (gate_width, n_heads, value_dim), (gate_axis, *heads), matrix())
             if make_gate
             else None
         )
-        bias = nnx.initializers.zeros, (n_heads, value_dim), heads
+        bias = nnx.initializers.zeros, (n_heads, value_dim), heads, VECTOR
         self.gate_bias = param(rngs, *bias) if gate_bias else None
         shape, axes = ((value_dim,), ("value",)) if norm == "head" else ((n_heads, value_dim), heads)
-        self.norm = None if norm is None else param(rngs, nnx.initializers.ones, shape, axes)
-        self.out = param(rngs, normal(n_heads * value_dim), (n_heads, value_dim, d_model), (*heads, "embed"))
-        self.out_bias = param(rngs, nnx.initializers.zeros, (d_model,), ("embed",)) if out_bias else None
+        self.norm = None if norm is None else param(rngs, nnx.initializers.ones, shape, axes, VECTOR)
+        self.out = param(rngs, normal(n_heads * value_dim), (n_heads, value_dim, d_model), (*heads, "embed"), matrix(2))
+        self.out_bias = param(rngs, nnx.initializers.zeros, (d_model,), ("embed",), VECTOR) if out_bias else None
 
     def __call__(self, o: Float[Array, "B T H V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         o = o.astype(x.dtype)

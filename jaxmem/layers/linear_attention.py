@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural, Positive
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import Arrays, HeadsConfig, Parameter, Projection
 from jaxmem.layers.rotary import rotary
 from jaxmem.recurrences import decay_only
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR
 from jaxmem.typing import Array
 
 GATE_TEMPERATURE = 16.0
@@ -35,7 +37,7 @@ GATE_TEMPERATURE = 16.0
 class LinearAttentionConfig(HeadsConfig):
     """No decay; each output is a weighted mean of values."""
 
-    convolution_width: int = 0
+    convolution_width: Natural = 0
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -60,8 +62,8 @@ class LinearAttentionConfig(HeadsConfig):
 class RetNetConfig(HeadsConfig):
     """A constant decay per head, between 1 - 2^-5 and ever closer to 1."""
 
-    convolution_width: int = 0
-    rope_theta: float = 10_000.0
+    convolution_width: Natural = 0
+    rope_theta: Positive = 10_000.0
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         q, k, v = self.qkv(x)
@@ -77,10 +79,10 @@ class RetNetConfig(HeadsConfig):
 class LightningAttentionConfig(HeadsConfig):
     """A constant decay per head and layer."""
 
-    convolution_width: int = 0
-    layer: int = 0
+    convolution_width: Natural = 0
+    layer: Natural = 0
     """The layer whose slopes are used, from 0."""
-    n_layers: int = 1
+    n_layers: Count = 1
     slopes: Literal["minimax", "fla"] = "minimax"
     """The convention of the slopes; see `lightning_slopes`."""
 
@@ -105,13 +107,13 @@ class LightningAttentionConfig(HeadsConfig):
 class SimpleGlaConfig(HeadsConfig):
     """A decay per token and head."""
 
-    convolution_width: int = 0
+    convolution_width: Natural = 0
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         return super().projections(d_model) | {"decay": self.per_head()}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        return {"decay_bias": Parameter(nnx.initializers.zeros, (self.n_heads,), ("heads",))}
+        return {"decay_bias": Parameter(nnx.initializers.zeros, (self.n_heads,), ("heads",), VECTOR)}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         g = jax.nn.log_sigmoid(x["decay"] + p["decay_bias"]) / GATE_TEMPERATURE
@@ -122,8 +124,8 @@ class SimpleGlaConfig(HeadsConfig):
 class GatedLinearAttentionConfig(HeadsConfig):
     """A decay per token, head and key channel."""
 
-    convolution_width: int = 0
-    gate_rank: int = 16
+    convolution_width: Natural = 0
+    gate_rank: Count = 16
 
     is_per_channel: ClassVar[bool] = True
 
@@ -131,7 +133,7 @@ class GatedLinearAttentionConfig(HeadsConfig):
         return super().projections(d_model) | {"decay": self.per_key(rank=self.gate_rank)}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        return {"decay_bias": Parameter(nnx.initializers.zeros, (self.n_heads, self.key_dim), ("heads", "key"))}
+        return {"decay_bias": Parameter(nnx.initializers.zeros, (self.n_heads, self.key_dim), ("heads", "key"), VECTOR)}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         g = jax.nn.log_sigmoid(x["decay"] + p["decay_bias"]) / GATE_TEMPERATURE

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural, Positive
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import (
     Arrays,
@@ -34,7 +35,7 @@ from jaxmem.layers.recurrent import (
 from jaxmem.recurrences import decay_only, elementwise
 from jaxmem.recurrences.products import dot
 from jaxmem.recurrences.streams import Streams
-from jaxmem.sharding import sum_over
+from jaxmem.sharding import VECTOR, matrix, sum_over
 from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 
 
@@ -42,14 +43,14 @@ from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 class MambaConfig(RecurrentConfig):
     """N numbers per channel."""
 
-    n_channels: int = 2048
+    n_channels: Count = 2048
     """D', usually twice the model's width."""
-    n_states: int = 16
+    n_states: Count = 16
     """N."""
-    dt_rank: int | None = None
+    dt_rank: Count | None = None
     """Of the projection to step sizes; None: n_channels / 32, rounded up."""
-    convolution_width: int = 4
-    chunk_tokens: int = 32
+    convolution_width: Natural = 4
+    chunk_tokens: Count = 32
 
     is_elementwise: ClassVar[bool] = True
 
@@ -69,14 +70,16 @@ class MambaConfig(RecurrentConfig):
         zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
         of_input = nnx.initializers.truncated_normal(channels**-0.5)
         return {
-            "input_bias": Parameter(zeros, (channels,), ("heads",)),
-            "dt_down": Parameter(of_input, (channels, rank), ("heads", "rank")),
-            "dt_up": Parameter(nnx.initializers.truncated_normal(rank**-0.5), (rank, channels), ("rank", "heads")),
-            "dt_bias": Parameter(init_dt_bias, (channels,), ("heads",)),
-            "b": Parameter(of_input, (channels, n), ("heads", "key")),
-            "c": Parameter(of_input, (channels, n), ("heads", "key")),
-            "a_log": Parameter(_init_a_log_by_state, (channels, n), ("heads", "key")),
-            "d": Parameter(ones, (channels,), ("heads",)),
+            "input_bias": Parameter(zeros, (channels,), ("heads",), VECTOR),
+            "dt_down": Parameter(of_input, (channels, rank), ("heads", "rank"), matrix()),
+            "dt_up": Parameter(
+                nnx.initializers.truncated_normal(rank**-0.5), (rank, channels), ("rank", "heads"), matrix()
+            ),
+            "dt_bias": Parameter(init_dt_bias, (channels,), ("heads",), VECTOR),
+            "b": Parameter(of_input, (channels, n), ("heads", "key"), matrix()),
+            "c": Parameter(of_input, (channels, n), ("heads", "key"), matrix()),
+            "a_log": Parameter(_init_a_log_by_state, (channels, n), ("heads", "key"), VECTOR),
+            "d": Parameter(ones, (channels,), ("heads",), VECTOR),
         }
 
     def prepare(self, x: Arrays, p: Arrays) -> Arrays:
@@ -101,16 +104,18 @@ class Mamba2Config(HeadsConfig):
     """H heads of width P, here value_dim, and N numbers for each, here key_dim; B and C are shared by groups of heads,
     here n_key_heads."""
 
-    n_key_heads: int | None = 1
-    norm_eps: float = 1e-5
+    n_key_heads: Count | None = 1
+    norm_eps: Positive = 1e-5
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         common = super().projections(d_model)
         return {"c": common["query"], "b": common["key"], "input": common["value"], "dt": self.per_head()}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        heads = (self.n_heads,), ("heads",)
-        shapes = {name: (spec.shape, spec.axes) for name, spec in self.projections(d_model).items() if spec.convolved}
+        heads = (self.n_heads,), ("heads",), VECTOR
+        shapes = {
+            name: (spec.shape, spec.axes, VECTOR) for name, spec in self.projections(d_model).items() if spec.convolved
+        }
         biases = {f"{name}_bias": Parameter(nnx.initializers.zeros, *shape) for name, shape in shapes.items()}
         return biases | {
             "a_log": Parameter(init_a_log(1.0, 16.0), *heads),

@@ -23,17 +23,18 @@ and keys, here it is an option; PEER-pytorch keeps one expert per head whatever 
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, checked
 from jaxmem.layers.memory_table import Activation, MemoryTable, TableDtype, table_to_read
 from jaxmem.layers.memory_usage import slot_weights
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.layers.tucker_keys import TuckerKeysConfig
-from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding import VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.tables import CHOICES, X
 from jaxmem.typing import Array, Bool, Float, Int
 
@@ -42,6 +43,7 @@ Output = Literal["plain", "linear", "swilu"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MemoryConfig:
     """A memory layer; `pkm`, `memory_plus`, `peer` and `ultramem` are published ones."""
 
@@ -50,7 +52,7 @@ class MemoryConfig:
     """What makes weights of scores: softmax over the k slots of a head, or each score by itself ("linear": as it is)."""
     expert: Activation | None = None
     """Slots are neurons with this activation, and have an input vector too; None: slots are values."""
-    value_dim: int | None = None
+    value_dim: Count | None = None
     """V: width of a value; None is d_model, which a plain output needs."""
     output: Output = "plain"
     gated: bool = False
@@ -61,15 +63,6 @@ class MemoryConfig:
     """The table is an argument of the call instead of a part of the layer."""
     placement: Literal["replace", "beside"] = "replace"
     """In a decoder's block: instead of the feed-forward, or added to it."""
-
-    def __post_init__(self):
-        known = {"score": Score, "expert": Activation, "output": Output, "table_dtype": TableDtype}
-        for name, kind in (known | {"placement": Literal["replace", "beside"]}).items():
-            value = getattr(self, name)
-            if value not in get_args(kind) and not (name == "expert" and value is None):
-                raise ValueError(
-                    f"memory: needs {name} to be one of {', '.join(get_args(kind))}, got {name}={value!r}; change it"
-                )
 
     def width(self, d_model: int) -> int:
         """V in a model of width d_model."""
@@ -158,13 +151,13 @@ class Memory(nnx.Module):
         self.keys = config.keys.make(d_model, rngs=rngs)
         init, zeros = jax.nn.initializers.lecun_normal(), jax.nn.initializers.zeros
         swilu = config.output == "swilu"
-        self.gate = param(rngs, init, (d_model, width), ("embed", "value")) if swilu else None
-        self.gate_bias = param(rngs, zeros, (width,), ("value",)) if swilu else None
+        self.gate = param(rngs, init, (d_model, width), ("embed", "value"), matrix()) if swilu else None
+        self.gate_bias = param(rngs, zeros, (width,), ("value",), VECTOR) if swilu else None
         plain = config.output == "plain"
-        self.out = None if plain else param(rngs, init, (width, d_model), ("value", "embed"))
-        self.out_bias = param(rngs, zeros, (d_model,), ("embed",)) if swilu else None
+        self.out = None if plain else param(rngs, init, (width, d_model), ("value", "embed"), matrix())
+        self.out_bias = param(rngs, zeros, (d_model,), ("embed",), VECTOR) if swilu else None
         normal = jax.nn.initializers.normal(d_model**-0.5)
-        self.token_gate = param(rngs, normal, (d_model,), ("embed",)) if config.gated else None
+        self.token_gate = param(rngs, normal, (d_model,), ("embed",), matrix()) if config.gated else None
         self.table = None if config.shared_table else config.make_table(d_model, rngs=rngs)
         self.reads = nnx.data(None)
         """Where a training step finds what this layer passes back to its table (`jaxmem.layers.table_reads`)."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.layers.table_reads import LayerReads, record_bag, record_dots
-from jaxmem.sharding import param
+from jaxmem.sharding import MEMORY, param
 from jaxmem.sharding.rules import Axes
 from jaxmem.sharding.tables import CHOICES, TABLE, bag, dots
 from jaxmem.typing import Array, DTypeLike, Float, Int
@@ -42,7 +42,7 @@ class MemoryTable(nnx.Module):
           dtype: as it is stored.
         """
         normal = lambda width: jax.nn.initializers.normal(width**-0.5)
-        rows = lambda width: param(rngs, normal(width), (n_slots, width), TABLE, dtype)
+        rows = lambda width: param(rngs, normal(width), (n_slots, width), TABLE, MEMORY, dtype=dtype)
         self.values = rows(width)
         self.inputs = None if d_input is None else rows(d_input)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.sharding import constrain, param
+from jaxmem.sharding import VECTOR, constrain, param
 from jaxmem.sharding.rules import Axes
 from jaxmem.typing import Array, Float
 
@@ -36,7 +36,7 @@ class RMSNorm(nnx.Module):
           rngs: not drawn from; `scale` starts at 1.
           eps: added to the mean square; relevant only for |x| of about sqrt(eps) and below.
         """
-        self.scale = param(rngs, jax.nn.initializers.ones, (d,), axes)
+        self.scale = param(rngs, jax.nn.initializers.ones, (d,), axes, VECTOR)
         self.axes = tuple(axes)
         self.eps = eps
 
@@ -59,8 +59,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, d: int, *, axes: Axes = ("embed",), rngs: nnx.Rngs, eps: float = 1e-5):
         """As `RMSNorm`; `bias` starts at 0."""
-        self.scale = param(rngs, jax.nn.initializers.ones, (d,), axes)
-        self.bias = param(rngs, jax.nn.initializers.zeros, (d,), axes)
+        self.scale = param(rngs, jax.nn.initializers.ones, (d,), axes, VECTOR)
+        self.bias = param(rngs, jax.nn.initializers.zeros, (d,), axes, VECTOR)
         self.axes = tuple(axes)
         self.eps = eps
 

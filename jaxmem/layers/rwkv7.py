@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.norm import l2_normalize
 from jaxmem.layers.recurrent import Arrays, HeadsConfig, Parameter, Projection
 from jaxmem.recurrences import delta
 from jaxmem.recurrences.streams import Streams
+from jaxmem.sharding import VECTOR
 from jaxmem.typing import Array
 
 GROUP_NORM_EPS = 64e-5
@@ -32,10 +34,10 @@ GROUP_NORM_EPS = 64e-5
 class Rwkv7Config(HeadsConfig):
     """RWKV-7 with its token shift instead of a convolution."""
 
-    convolution_width: int = 0
-    decay_rank: int = 64
-    strength_rank: int = 64
-    gate_rank: int = 128
+    convolution_width: Natural = 0
+    decay_rank: Count = 64
+    strength_rank: Count = 64
+    gate_rank: Count = 128
 
     erases: ClassVar[Literal["nothing", "at k", "at b"]] = "at b"
     is_per_channel: ClassVar[bool] = True
@@ -54,8 +56,8 @@ class Rwkv7Config(HeadsConfig):
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
         zeros, ones, half = nnx.initializers.zeros, nnx.initializers.ones, nnx.initializers.constant(0.5)
-        keys = (self.n_heads, self.key_dim), ("heads", "key")
-        values = (self.n_heads, self.value_dim), ("heads", "value")
+        keys = (self.n_heads, self.key_dim), ("heads", "key"), VECTOR
+        values = (self.n_heads, self.value_dim), ("heads", "value"), VECTOR
         return {
             "decay_bias": Parameter(nnx.initializers.constant(-2.0), *keys),
             "strength_bias": Parameter(zeros, *keys),

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConfig
 from jaxmem.recurrences import state_space
 from jaxmem.recurrences.streams import Streams
-from jaxmem.sharding import einsum, param
+from jaxmem.sharding import VECTOR, einsum, matrix, param
 from jaxmem.typing import Array, DTypeLike, Float, PRNGKeyArray
 
 
@@ -31,11 +32,11 @@ from jaxmem.typing import Array, DTypeLike, Float, PRNGKeyArray
 class StateSpaceConfig(RecurrentConfig):
     """S4D."""
 
-    n_channels: int = 1024
+    n_channels: Count = 1024
     """The model's width."""
-    n_states: int = 64
+    n_states: Count = 64
     """N; of S4D, even."""
-    chunk_tokens: int = 32
+    chunk_tokens: Count = 32
 
     convolution_width: ClassVar[int] = 0
     is_complex: ClassVar[bool] = True
@@ -61,7 +62,7 @@ class StateSpaceConfig(RecurrentConfig):
         return {"input": Projection((d_model,), ("heads",), is_identity=True)}
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        pairs = (d_model, self.n_states // 2), ("heads", "key")
+        pairs = (d_model, self.n_states // 2), ("heads", "key"), VECTOR
         normal = nnx.initializers.normal(0.5**0.5)
         return _of_channels(d_model) | {
             "a_log": Parameter(nnx.initializers.constant(jnp.log(0.5)), *pairs),
@@ -101,11 +102,11 @@ class LinearStateSpaceConfig(StateSpaceConfig):
         return self.n_channels, self.n_states, 1
 
     def parameters(self, d_model: int) -> dict[str, Parameter]:
-        n = self.n_states
+        n = self.n_states  # a is the dynamics, as a_log is: shrinking it would change what is remembered
         return _of_channels(d_model) | {
-            "a": Parameter(lambda *_: state_space.hippo_legs(n)[0], (n, n), ("key", "key")),
-            "b": Parameter(lambda *_: state_space.hippo_legs(n)[1], (n,), ("key",)),
-            "c": Parameter(nnx.initializers.normal(1.0), (d_model, n), ("heads", "key")),
+            "a": Parameter(lambda *_: state_space.hippo_legs(n)[0], (n, n), ("key", "key"), VECTOR),
+            "b": Parameter(lambda *_: state_space.hippo_legs(n)[1], (n,), ("key",), VECTOR),
+            "c": Parameter(nnx.initializers.normal(1.0), (d_model, n), ("heads", "key"), VECTOR),
         }
 
     def system(self, p: Arrays) -> tuple[Array, Array, Array, Array]:
@@ -117,7 +118,7 @@ class LinearStateSpaceConfig(StateSpaceConfig):
 
 
 def _of_channels(d_model: int) -> dict[str, Parameter]:
-    channels = (d_model,), ("heads",)
+    channels = (d_model,), ("heads",), VECTOR
     return {"log_dt": Parameter(_init_log_dt, *channels), "d": Parameter(nnx.initializers.ones, *channels)}
 
 
@@ -126,8 +127,8 @@ class GatedLinearUnit(nnx.Module):
 
     def __init__(self, d_model: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.truncated_normal(d_model**-0.5)
-        self.value = param(rngs, init, (d_model, d_model), ("heads", "embed"))
-        self.gate = param(rngs, init, (d_model, d_model), ("heads", "embed"))
+        self.value = param(rngs, init, (d_model, d_model), ("heads", "embed"), matrix())
+        self.gate = param(rngs, init, (d_model, d_model), ("heads", "embed"), matrix())
 
     def __call__(self, o: Float[Array, "B T H 1"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         u = jax.nn.gelu(o[..., 0].astype(x.dtype))

@@ -28,7 +28,7 @@ shuffled ids, the convolution before queries, one query for two heads. ultra-mem
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,9 @@ from flax import nnx
 
 from jaxmem.algebra import topk
 from jaxmem.algebra.topk import TopK
+from jaxmem.fields import Count
 from jaxmem.layers.product_keys import Norm, ProductKeysConfig, make_norm
-from jaxmem.sharding import constrain, einsum, local, param
+from jaxmem.sharding import ROWS, VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.typing import Array, Float, Int
 
 Search = Literal["square", "signed", "reference"]
@@ -49,22 +50,15 @@ class TuckerKeysConfig(ProductKeysConfig):
 
     query_norm: Norm = "layer"
     key_norm: Norm = "layer"
-    core_rank: int = 2
+    core_rank: Count = 2
     """r."""
     search: Search = "square"
     """Which pairs of sub-keys the core scores: see `tucker_keys`."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_parts != 2 or self.core_rank < 1:
-            raise ValueError(
-                f"tucker keys: needs n_parts=2 and core_rank >= 1, got n_parts={self.n_parts}, "
-                f"core_rank={self.core_rank}; change them"
-            )
-        if self.search not in get_args(Search):
-            raise ValueError(
-                f"tucker keys: needs search to be one of {', '.join(get_args(Search))}, got search={self.search!r}; change it"
-            )
+        if self.n_parts != 2:
+            raise ValueError(f"tucker keys: needs n_parts=2, got n_parts={self.n_parts}; change it")
         if self.top_k > self.n_candidates**2:
             raise ValueError(
                 f"tucker keys: needs top_k <= {self.n_candidates**2} pairs of candidates, got top_k={self.top_k}; "
@@ -210,12 +204,14 @@ class TuckerKeys(nnx.Module):
         self.config = config
         heads, parts, width, rank = config.n_heads, config.n_parts, config.key_dim // config.n_parts, config.core_rank
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
-        self.query = param(rngs, into, (d_model, heads, parts, width), ("embed", "heads", None, "key"))
+        self.query = param(rngs, into, (d_model, heads, parts, width), ("embed", "heads", None, "key"), matrix())
         zeros, normal = jax.nn.initializers.zeros, jax.nn.initializers.normal(width**-0.5)
-        self.bias = param(rngs, zeros, (heads, parts, width), ("heads", None, "key")) if config.query_bias else None
+        bias = (heads, parts, width), ("heads", None, "key"), VECTOR
+        self.bias = param(rngs, zeros, *bias) if config.query_bias else None
         shape = heads, parts, config.n_sub_keys, rank, width
-        self.keys = param(rngs, normal, shape, ("heads", None, "sub_keys", "rank", "key"))
-        self.core = param(rngs, jax.nn.initializers.uniform(1.0), (heads, rank, rank), ("heads", None, None))
+        self.keys = param(rngs, normal, shape, ("heads", None, "sub_keys", "rank", "key"), ROWS)
+        core = (heads, rank, rank), ("heads", None, None), matrix(copies=1)
+        self.core = param(rngs, jax.nn.initializers.uniform(1.0), *core)
         self.query_norm, self.key_norm = (make_norm(kind, width, rngs) for kind in (config.query_norm, config.key_norm))
         for norm in (self.query_norm, self.key_norm):
             if norm is not None:

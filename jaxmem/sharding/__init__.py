@@ -1,5 +1,6 @@
 """One mesh, one set of rules, and the words layers use to place their arrays."""
 
+from jaxmem.sharding.kinds import MEMORY, ROWS, VECTOR, matrix
 from jaxmem.sharding.mesh import MESH_AXES, MeshConfig, make_mesh
 from jaxmem.sharding.placement import (
     constrain,
@@ -16,7 +17,10 @@ from jaxmem.sharding.placement import (
 from jaxmem.sharding.rules import Rules, current_mesh, current_rules, use_mesh
 
 __all__ = [
+    "MEMORY",
     "MESH_AXES",
+    "ROWS",
+    "VECTOR",
     "MeshConfig",
     "Rules",
     "constrain",
@@ -25,6 +29,7 @@ __all__ = [
     "einsum",
     "local",
     "make_mesh",
+    "matrix",
     "mesh_axes",
     "n_shards_of",
     "named_sharding",

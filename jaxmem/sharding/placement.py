@@ -12,21 +12,40 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmem.sharding.kinds import Kind, checked
 from jaxmem.sharding.rules import Axes, current_mesh, current_rules
 from jaxmem.typing import Array, DTypeLike, Initializer, PyTree
 
 
 def param(
-    rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike = jnp.float32
+    rngs: nnx.Rngs,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: Axes,
+    kind: Kind | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
 ) -> nnx.Param:
-    """A parameter of the given shape whose dimensions are named `axes`, sharded from its birth under a mesh."""
+    """A parameter of the given shape whose dimensions are named `axes`, sharded from its birth under a mesh.
+
+    Args:
+      kind: what it is (`jaxmem.sharding.kinds`), for the optimiser; None: taken from the number of dimensions, see `kind_of`.
+
+    Raises: ValueError for rngs that are no nnx.Rngs with a stream for parameters.
+    """
+    if not isinstance(rngs, nnx.Rngs) or not ("params" in rngs or "default" in rngs):
+        got = f"rngs={rngs!r}" if isinstance(rngs, int | nnx.Rngs) else f"rngs of type {type(rngs).__name__}"
+        raise ValueError(
+            f"param: needs rngs to be an nnx.Rngs, from which parameters are drawn, got {got}; pass nnx.Rngs(0)"
+        )
     if len(shape) != len(axes):
         raise ValueError(f"param: needs one logical axis per dimension, got shape={shape} and axes={tuple(axes)}")
     value = init(rngs.params(), shape, jnp.dtype(dtype))
     mesh = current_mesh()
     if mesh is not None:
         value = jax.reshard(value, current_rules().spec(axes, "parameters", shape, mesh))
-    return nnx.Param(value, axes=tuple(axes))
+    said = {} if kind is None else {"kind": checked(kind, len(shape))}
+    return nnx.Param(value, axes=tuple(axes), **said)
 
 
 def param_spec(axes: Axes, shape: tuple[int, ...]) -> P:

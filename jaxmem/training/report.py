@@ -14,7 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jaxmem.training.metrics import read_metrics, replace_file
+from jaxmem.config import read_json_object
+from jaxmem.training.metrics import METRICS_FILE, read_metrics, replace_file
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.json"
@@ -30,6 +31,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.25rem 4rem; backgroun
 h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { margin: 3rem 0 1rem; font-size: 1.2rem; }
 .summary { max-width: 46rem; margin: 0; font-size: 1.15rem; }
+.warning { max-width: 46rem; margin: .8rem 0 0; color: var(--orange); }
 .missing, figcaption p, .note { color: var(--muted); font-size: .875rem; }
 .charts { columns: 26rem 2; column-gap: 1.25rem; margin-top: 2.5rem; }
 figure { break-inside: avoid; margin: 0 0 1.25rem; padding: 1.1rem 1.1rem .6rem; border-radius: .6rem;
@@ -98,8 +100,15 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         ValueError: metrics.jsonl or config.json is damaged.
     """
     run_dir = Path(run_dir)
-    path = run_dir / REPORT_FILE
-    replace_file(path, _page(_read_run(run_dir)))
+    path, run = run_dir / REPORT_FILE, _read_run(Path(run_dir))
+    try:
+        page = _page(run)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"report: needs lines as a run writes them, got others in {run_dir / METRICS_FILE} ({error!r}); "
+            "put the file back as it was"
+        ) from error
+    replace_file(path, page)
     return path
 
 
@@ -111,12 +120,14 @@ def _read_run(run_dir: Path) -> Run:
         train=[line for line in lines if line["kind"] == "train"],
         evals=[line for line in lines if line["kind"] == "eval"],
         final=next((line for line in reversed(lines) if line["kind"] == "final"), {}),
-        config=json.loads(config.read_bytes()) if config.exists() else None,
+        config=read_json_object(config, "put it back, or remove it: the report does without")
+        if config.exists()
+        else None,
     )
 
 
 def _page(run: Run) -> str:
-    from jaxmem.training import memory_plots, plots
+    from jaxmem.training import memory_plots, plots, router_plots
 
     charts = {
         "comparison with compressors": plots.compressors(run.bits_per_byte, run.compression),
@@ -124,12 +135,14 @@ def _page(run: Run) -> str:
         "held-out bits per byte over training": plots.held_out(run.evals, run.compression),
         "bits per byte by position": plots.by_position(run.evals),
         "router use": plots.router_use(run.evals),
+        "memories in use of routers": router_plots.memories_in_use(run.evals),
         "memory use": memory_plots.memory_use(run.evals),
         "memory slots by rank": memory_plots.slots_by_rank(run.evals),
         "gradient norm": plots.gradient_norm(run.train),
         "time per step": plots.step_time(run.train),
     }
     missing = [name for name, chart in charts.items() if chart is None]
+    collapsed = router_plots.collapse(run.evals[-1]) if run.evals else None
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -137,6 +150,7 @@ def _page(run: Run) -> str:
             f"<title>{escape(run.name)}</title>\n<style>{CSS}</style>\n</head>\n<body>",
             f"<h1>{escape(run.name)}</h1>",
             f'<p class="summary">{escape(_summary(run))}</p>',
+            f'<p class="warning">{escape(collapsed)}</p>' if collapsed else "",
             '<section class="charts">',
             *(
                 f'<figure role="group" aria-label="{escape(chart.title)}"><figcaption><h3>{escape(chart.title)}</h3>'
@@ -202,10 +216,10 @@ def _facts_table(run: Run) -> str:
 def _sample(run: Run) -> str:
     if "sample" not in run.final:
         return '<p class="missing">Not shown, for lack of numbers: a generated sample.</p>'
-    prompt = run.final.get("prompt", "")
+    prompt, sample = (str(run.final.get(name, "")) for name in ("prompt", "sample"))  # "NaN" was a number once
     prompt = f"<b>{escape(prompt)}</b>" if prompt else ""
     note = '<p class="note">Bold: the prompt.</p>' if prompt else ""
-    return f"<h2>A sample from the model</h2>\n<pre>{prompt}{escape(run.final['sample'])}</pre>{note}"
+    return f"<h2>A sample from the model</h2>\n<pre>{prompt}{escape(sample)}</pre>{note}"
 
 
 def _config(run: Run) -> str:

@@ -19,6 +19,7 @@ from jaxmem.layers.table_reads import LayerReads, TableReads, ids_of, no_reads
 from jaxmem.models.decoder import Decoder, DecoderConfig
 from jaxmem.pallas_kernels.memory_lookup import RowGradient
 from jaxmem.sharding import n_shards_of
+from jaxmem.sharding.kinds import is_memory
 from jaxmem.sharding.rules import Axes
 from jaxmem.sharding.tables import gradient_of_rows, gradient_of_table
 from jaxmem.training.lazy_adam import apply_rows
@@ -42,7 +43,7 @@ class TableTraining:
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
         """(other parameters, tables)."""
-        tables, others = nnx.split_state(params, lambda path, variable: "slots" in variable.axes, ...)
+        tables, others = nnx.split_state(params, lambda path, variable: is_memory(variable), ...)
         return others, tables
 
     def init(self, tables: nnx.State) -> PyTree:

@@ -267,10 +267,10 @@ def changed(**arrays):
         ),
         ({"segment_ids": np.ones((B, 4), int)}, r"needs segment_ids \[B T\] of shape \(2, 3\), got \(2, 4\)"),
         (
-            {"segment_ids": np.array([[1, 1, 2], [2, 2, 1]])},
-            r"needs segment_ids that never decrease .* got \[2, 2, 1\] in row 1",
+            {"segment_ids": np.array([[1, 1, 2], [0, 2, 1]])},
+            r"needs segment_ids above 0 .* got segment_ids=\[0, 2, 1\] in row 1",
         ),
-        ({"segment_ids": np.array([[1, 0, 2], [2, 2, 0]])}, r"got \[1, 0, 2\] in row 0; number the documents"),
+        ({"segment_ids": np.array([[1, 0, 2], [2, 2, 0]])}, r"got segment_ids=\[1, 0, 2\] in row 0; move padding"),
     ],
     ids=[
         "chunk",
@@ -284,7 +284,7 @@ def changed(**arrays):
         "decay",
         "state",
         "ids",
-        "falls",
+        "in front",
         "gap",
     ],
 )

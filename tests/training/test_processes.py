@@ -5,6 +5,8 @@ Slow: every process compiles its own step.
 
 import dataclasses
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -26,16 +28,12 @@ pytestmark = pytest.mark.slow
 TINY = Path(__file__).with_name("tiny.py")
 STEPS = 48
 PATIENCE_S = 300
-MEMBER = """
-import sys, jax
-address, index = sys.argv[1], int(sys.argv[2])
-jax.distributed.initialize(address, num_processes=2, process_id=index)
-from jaxmem.cli import main
-sys.exit(main(sys.argv[3:]))
-"""
+TOLD_S = 60
+"""Within which the other processes of one that ends have ended too."""
 OPTIONS = ("--steps", str(STEPS), "--checkpoint.every-steps", "8", "--eval-every-steps", "16")
 MESH = MeshConfig(data=1, fsdp=2)  # every parameter is half on one process and half on the other
 ON_MESH = ("--mesh.data", "1", "--mesh.fsdp", "2")
+PEER_KILLS = int(os.environ.get("JAXMEM_PEER_KILLS", "2"))
 
 
 ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TF_"))} | {
@@ -45,37 +43,70 @@ ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"
 """Of processes of one device."""
 
 
-class Pair:
-    """Two processes of one device each that train the tiny experiment together."""
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
-    def __init__(self, work: Path, out: str, options: tuple[str, ...] = (*OPTIONS, *ON_MESH)):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        command = ("train", str(TINY), "--out", out, "--resume", *options)
+
+class Group:
+    """Processes of one device each that train the tiny experiment together.
+
+    Args:
+      work: where they are started, or where each of them is.
+      options: for all of them.
+      own: further options by process.
+      environment: further variables by process.
+    """
+
+    def __init__(
+        self,
+        work: Path | list[Path],
+        out: str,
+        options: tuple[str, ...] = (*OPTIONS, *ON_MESH),
+        n: int = 2,
+        own: dict[int, tuple[str, ...]] | None = None,
+        environment: dict[int, dict[str, str]] | None = None,
+        file: Path = TINY,
+    ):
+        self.address = free_address()
+        command = [sys.executable, "-m", "jaxmem.cli", "train", str(file), "--out", out, "--resume", *options]
+        together = ["--coordinator", self.address, "--processes", str(n), "--process"]
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-c", MEMBER, address, str(index), *command],
-                cwd=work,
-                env=ALONE,
+                [*command, *together, str(index), *(own or {}).get(index, ())],
+                cwd=work[index] if isinstance(work, list) else work,
+                env=ALONE | (environment or {}).get(index, {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for index in range(2)
+            for index in range(n)
         ]
 
     def finish(self) -> tuple[str, str]:
         """What both printed, when both are done and neither complained."""
         printed = [process.communicate(timeout=PATIENCE_S) for process in self.processes]
         for process, (_, errors) in zip(self.processes, printed, strict=True):
-            assert process.returncode == 0, errors
+            assert (process.returncode, errors) == (0, ""), errors
         return printed[0][0], printed[1][0]
+
+    def fail(self, code: int, killed: tuple[int, ...] = ()) -> list[str]:
+        """The one sentence on stderr of each process that was not killed, all ended with this exit code."""
+        sentences = []
+        for index, process in enumerate(self.processes):
+            _, errors = process.communicate(timeout=PATIENCE_S)
+            if index not in killed:
+                assert (process.returncode, errors.count("\n")) == (code, 1), (index, process.returncode, errors)
+                sentences.append(errors.rstrip("\n"))
+        return sentences
 
     def wait_until(self, happened) -> None:
         end = time.monotonic() + PATIENCE_S
         while not happened():
-            assert time.monotonic() < end and all(process.poll() is None for process in self.processes)
+            assert time.monotonic() < end and all(process.poll() is None for process in self.processes), [
+                process.communicate() for process in self.processes
+            ]
             time.sleep(0.005)
 
     def kill(self) -> None:
@@ -87,7 +118,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def whole(work):
-    printed = Pair(work, "whole-by-two").finish()
+    printed = Group(work, "whole-by-two").finish()
     assert f"step {STEPS}/{STEPS}" in printed[0]
     assert not [line for line in printed[1].splitlines() if not line.startswith("[Gloo]")], "the first speaks for both"
     return work / "whole-by-two"
@@ -96,13 +127,13 @@ def whole(work):
 def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, compare):
     run_dir = work / "interrupted-by-two"
     checkpoints = run_dir / "checkpoints"
-    killed = Pair(work, run_dir.name)
+    killed = Group(work, run_dir.name)
     killed.wait_until(lambda: complete_steps(checkpoints))
     killed.kill()
     left = complete_steps(checkpoints)[-1]
 
     written = (run_dir / "metrics.jsonl").stat().st_mtime_ns
-    stopped = Pair(work, run_dir.name)
+    stopped = Group(work, run_dir.name)
     stopped.wait_until(lambda: (run_dir / "metrics.jsonl").stat().st_mtime_ns != written)  # both have found each other
     stopped.processes[1].send_signal(signal.SIGTERM)
     printed, _ = stopped.finish()
@@ -111,7 +142,7 @@ def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, co
     assert f"another process's signal: stopped after step {step}, all is saved" in printed
     assert step % 16 == 0 and left < step < STEPS, "all processes stop at one step"
 
-    printed = Pair(work, run_dir.name).finish()
+    printed = Group(work, run_dir.name).finish()
     assert f"resumed from the checkpoint of step {step}" in printed[0]
     config = dataclasses.replace(load_experiment(TINY), steps=STEPS)
     compare(config, run_dir, whole)
@@ -120,7 +151,7 @@ def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, co
 def test_a_sequence_that_two_processes_share(work):
     """Each reads all rows and holds half of their tokens; the losses are those of one process with one device."""
     steps = ("--steps", "6", "--eval-every-steps", "6")
-    pair = Pair(work, "sequence-by-two", (*steps, "--mesh.data", "1", "--mesh.seq", "2"))
+    pair = Group(work, "sequence-by-two", (*steps, "--mesh.data", "1", "--mesh.seq", "2"))
     pair.finish()
     alone = subprocess.run(
         [sys.executable, "-m", "jaxmem.cli", "train", str(TINY), "--out", "sequence-by-one", *steps],
@@ -142,3 +173,92 @@ def test_what_two_processes_made_is_read_by_one_but_goes_on_with_two(work, whole
     config = dataclasses.replace(loaded.config, steps=STEPS + 1, mesh=MeshConfig(data=2, fsdp=2, model=2))
     with pytest.raises(ValueError, match="needs the 2 processes that read the data before, got 1; start as many"):
         train(config, whole, resume=True)
+
+
+# Processes that differ, and processes that end
+
+
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        (
+            ("--seed", "3"),
+            "needs the same on all 2 processes, got config.seed: 0 on process 0 and 3 on process 1; start",
+        ),
+        (
+            ("--data.train", "other"),
+            "got training data: '[0-9a-f]+' on process 0 and '[0-9a-f]+' on process 1; held-out",
+        ),
+        (("--nonsense", "3"), "needs all 2 processes, got process 1 that has ended: its options cannot be read"),
+    ],
+    ids=["seed", "text", "option"],
+)
+def test_processes_that_differ_end_with_the_difference(work, own, said):
+    """The text is another behind the same path: each process is started where its own is."""
+    places = [work, work]
+    if "other" in own:
+        places[1] = work / "elsewhere"
+        (places[1] / "text").mkdir(parents=True)
+        for path in (work / "text").iterdir():
+            (places[1] / "text" / path.name).write_bytes(path.read_bytes()[:-1])
+        own = ()
+    began = time.monotonic()
+    group = Group(places, str(work / "differing"), own={1: own})
+    sentences = [process.communicate(timeout=PATIENCE_S)[1] for process in group.processes]
+    assert [process.returncode for process in group.processes] == [2, 2], sentences
+    assert time.monotonic() - began < TOLD_S
+    assert re.search(said, sentences[0]) and sentences[0].count("\n") == 1
+    assert "cannot be read" in said or sentences[0] == sentences[1]
+    assert not complete_steps(work / "differing" / "checkpoints")
+
+
+def test_an_experiment_may_ask_for_devices(work):
+    asks = work / "asks.py"
+    asks.write_text(f"import jax\nassert jax.device_count() == 2\n{TINY.read_text()}")
+    printed = Group(work, "asks", ("--steps", "2", "--eval-every-steps", "2", *ON_MESH), file=asks).finish()
+    assert "step 2/2" in printed[0]
+
+
+def kill_one(work: Path, out: str, n: int, victim: int, number: signal.Signals) -> float:
+    """Seconds until the others of n processes had ended, one of them killed (or stopped, as by a frozen machine)."""
+    run_dir = work / out
+    group = Group(work, out, ("--steps", "10000", *OPTIONS[2:], "--data.batch-size", "12", "--accumulate", "1"), n=n)
+    written = lambda: (run_dir / "metrics.jsonl").stat().st_mtime_ns if (run_dir / "metrics.jsonl").exists() else 0
+    before = written()
+    group.wait_until(lambda: complete_steps(run_dir / "checkpoints") and written() != before)
+    group.processes[victim].send_signal(number)
+    began = time.monotonic()
+    for index, process in enumerate(group.processes):
+        if index != victim:
+            process.wait(PATIENCE_S)
+    took_s = time.monotonic() - began
+    group.processes[victim].kill()
+    for sentence in group.fail(1, killed=(victim,)):
+        assert re.match(f"jaxmem: train: needs all {n} processes, lost (process {victim}|one of them)", sentence), (
+            sentence
+        )
+        assert sentence.endswith("start all of them again with --resume, which goes on from the newest checkpoint")
+    assert took_s < TOLD_S
+    return took_s
+
+
+@pytest.mark.parametrize(
+    "n, victim, number", [(3, 2, signal.SIGKILL), (2, 1, signal.SIGSTOP)], ids=["last-of-three", "frozen"]
+)
+def test_the_others_end_when_one_is_gone(work, n, victim, number):
+    kill_one(work, f"lost-{n}", n, victim, number)
+
+
+def test_a_storm_of_killed_processes(work):
+    """JAXMEM_PEER_KILLS=10 is the full proof: now one of two, now the other; what is left is gone on with."""
+    chance, took_s = random.Random(PEER_KILLS), []
+    for kill in range(PEER_KILLS):
+        took_s.append(kill_one(work, "storm", 2, (kill + 1) % 2, signal.SIGKILL))
+        time.sleep(chance.random())
+    step = complete_steps(work / "storm" / "checkpoints")[-1]
+    last = ("--steps", str(step + 4), *OPTIONS[2:], "--data.batch-size", "12", "--accumulate", "1")
+    printed, _ = Group(work, "storm", last).finish()
+    assert f"resumed from the checkpoint of step {step}" in printed
+    print(
+        f"\n{PEER_KILLS} kills of one of two processes: the other ended within {', '.join(f'{s:.0f}' for s in took_s)} s"
+    )
