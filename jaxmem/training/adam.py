@@ -3,8 +3,8 @@
     m += (1 - b1) (g - m)      v += (1 - b2) (g^2 - v)      direction = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 In fp32, b2 = 0.9999 is 0.999899983, and 1 - b2^t formed of it is off by 1.7e-4 at t = 1, as in optax 0.2: here it is
--expm1(t log b2) with the logarithm of the number that was given. Moments move by 1 - b instead of being multiplied by b, whose
-rounding would be as large a part of 1 - b.
+-expm1(t log b2) with the logarithm of the number that was given. Moments move by 1 - b instead of being multiplied by b,
+whose rounding would be as large a part of 1 - b.
 
 Reference: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1.
 """
