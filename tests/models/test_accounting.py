@@ -120,9 +120,9 @@ def test_state_bytes_are_those_of_a_real_state(pattern, dtype):
 
 def test_state_bytes_by_hand():
     cost = account(decoder((FULL, WINDOW, GDN), dtype="bfloat16"), T)
-    cursor, slot = 2 * 4, 2 * 4  # segment and position; index and segment
-    full = T * (2 * 2 * 64 * 2 + slot) + 4 + cursor
-    window = 96 * (2 * 4 * 64 * 2 + slot) + 4 + cursor
+    cursor = 2 * 4  # segment and position
+    full = T * (2 * 2 * 64 * 2) + 4 + cursor
+    window = 96 * (2 * 4 * 64 * 2) + 4 + cursor
     assert cost.state_bytes == {
         "attention": 3 * (full + window),
         "gated delta net": 3 * (4 * 64 * 64 * 4 + 3 * 4 * 192 * 2 + cursor),
