@@ -40,9 +40,9 @@ def save_tokenizer(kind, path, texts, special="<s>"):
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
         tokenizer.add_special_tokens([special])
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
+        spaces, as_bytes = [decoders.Replace("\u2581", " ")], [decoders.ByteFallback(), decoders.Fuse()]
+        both = spaces + as_bytes if kind == "llama" else as_bytes + spaces  # there the sign for a space is written in bytes
+        tokenizer.decoder = decoders.Sequence([*both, decoders.Strip(" ", 1, 0)])
         trainer = None
     elif kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
@@ -61,7 +61,6 @@ def save_tokenizer(kind, path, texts, special="<s>"):
     elif kind == "letters":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
         tokenizer.normalizer = normalizers.NFD()
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         tokenizer.decoder = decoders.Fuse()
         trainer = trainers.BpeTrainer(vocab_size=60, **names)
     else:

@@ -37,7 +37,7 @@ def hold_out(pieces: Pieces, fraction: float) -> tuple[Pieces, Pieces]:
         if len(first) == n_before:
             continue  # every file is one document
         n_before = len(first)
-        sizes = np.bincount(unit, weights=pieces.index[:, TEXT_BYTES], minlength=len(first))
+        sizes = np.bincount(unit, weights=pieces.index[:, TEXT_BYTES], minlength=len(first)).astype(np.int64)
         chosen = _choose([_name(pieces, row, what) for row in first.tolist()], sizes, wanted)
         held = sizes[chosen].sum()
         if not chosen.all() and wanted / TOLERANCE <= held <= wanted * TOLERANCE:

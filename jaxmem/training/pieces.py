@@ -129,8 +129,8 @@ class Pieces:
         end = max((end for end in ends if end <= n_bytes), default=ends[0])
         first = format.size_of(path, position, start, size, end)
         rows = [
-            (number, position, start, first, *_measures(raw[:end])),
-            (number, position, start + first, size - first, *_measures(raw[end:])),
+            (number, position, start, first, len(replace_undecodable(raw[:end])), _digest(raw[:end])),
+            (number, position, start + first, size - first, len(replace_undecodable(raw[end:])), _digest(raw[end:])),
         ]
         self.report.pieces += 1
         index = np.concatenate([self.index[:piece], np.array(rows, np.int64), self.index[piece + 1 :]])
@@ -174,8 +174,10 @@ def index_pieces(
             for n_found, (position, document) in enumerate(format_of_file.scan(file, report), 1):
                 pieces_before = len(columns)
                 for start, size, raw in format_of_file.places(document, cut(document, piece_bytes)):
-                    report.undecodable_bytes += undecodable_bytes(raw)
-                    columns.extend((number, position, start, size, *_measures(raw)))
+                    undecodable = 0 if raw.isascii() else undecodable_bytes(raw)
+                    report.undecodable_bytes += undecodable
+                    n_bytes = len(replace_undecodable(raw)) if undecodable else len(raw)
+                    columns.extend((number, position, start, size, n_bytes, _digest(raw)))
                 report.documents += 1
                 report.empty += len(columns) == pieces_before
         except OSError as error:
@@ -194,11 +196,6 @@ def _leave_out(file: SourceFile, kind: str, advice: str, report: DataReport) -> 
             f"data: needs UTF-8 text, .jsonl or .array_record, got {file.path!r}, which is {kind}; {advice}"
         )
     report.not_text_because(file.name, kind)
-
-
-def _measures(raw: bytes) -> tuple[int, int]:
-    """Bytes as text, and digest, of a piece."""
-    return len(replace_undecodable(raw)), _digest(raw)
 
 
 def _digest(raw: bytes) -> int:

@@ -156,7 +156,7 @@ def test_every_router_has_its_own_load_balancing_loss(params, eval_step):
         steps.append(eval_step(params, *batch))
         return steps[-1]
 
-    found = evaluate(step, make_batches(), BYTES, MODEL, jnp.asarray)
+    found = evaluate(step, make_batches(), MODEL, jnp.asarray)
     chosen, probability = (
         sum(np.float64(getattr(step, name)[0]) for step in steps) for name in ("router_use", "router_probability")
     )

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -194,11 +195,11 @@ def test_other_data_are_noticed(config, killed_after, save_again, tmp_path):
         train(elsewhere, run_dir, resume=True)
 
 
-def test_other_heldout_text_of_the_same_size_is_noticed(config, killed_after, tmp_path):
+def test_other_heldout_text_of_the_same_size_is_noticed(config, killed_after, save_again, tmp_path):
     run_dir = killed_after(6)
     copy = shutil.copytree(config.data.train[0], tmp_path / "text")
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(copy),)))
-    (run_dir / "config.json").write_text(json.dumps(to_json(moved)))
+    save_again(moved, run_dir, 6)
     name, text = heldout_files(moved.data)[0]
     (copy / name).write_bytes(text.swapcase())
     with pytest.raises(

@@ -232,6 +232,7 @@ def test_loss_and_gradients_are_those_of_all_logits_in_any_number_of_parts(parts
 
     (loss, n_targets), wanted = oracle(fresh(config).params)
     assert metrics.n_targets == n_targets
+    assert metrics.n_bytes == tokens[segments != 0].sum(), "also those of a row's first token"
     assert_close(metrics.nats / metrics.n_targets, loss)
     assert_close(gradients(state), dict(zip(parameter_groups(wanted), jax.tree.leaves(wanted), strict=True)))
     assert_close(metrics.grad_norm, optax.tree.norm(wanted))
