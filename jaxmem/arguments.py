@@ -145,7 +145,8 @@ def _find(command: Command, name: str, word: str) -> tuple[Option, bool | None]:
     positive = command.options.get(f"{section}{dot}{last.removeprefix('no-')}")
     if last.startswith("no-") and positive is not None and positive.kind is bool:
         return positive, False
-    if name in command.fixed or any(name.startswith(f"{field}.") for field in command.fixed):
+    below = [field for field in command.fixed if not any(known.startswith(f"{field}.") for known in command.options)]
+    if name in command.fixed or any(name.startswith(f"{field}.") for field in below):
         raise ValueError(
             f"{command.name}: needs {word[2:]} to be set in the experiment file, got {word}; write it there"
         )

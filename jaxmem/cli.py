@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
             return peers.together(lambda: _told(argv))
         finally:
             output.flush()
-    except BrokenPipeError:  # `| head` has read enough
+    except (BrokenPipeError, SystemExit) as end:  # `| head` has read enough, which rich makes an exit of
+        if not isinstance(end if isinstance(end, BrokenPipeError) else end.__context__, BrokenPipeError):
+            raise
         output.abandon()
         return 0
 

@@ -550,7 +550,7 @@ GROUPS = ("configs", "experiment files", "command lines", "meshes", "data", "run
 
 def rows(every: int = 1) -> Iterator[Row]:
     """Runs every n-th row of each group in the current directory, which `prepare` has filled."""
-    expressions = {"configs": CONFIGS, "meshes": MESHES, "calls of layers": CALLS}
+    sys.dont_write_bytecode = True  # files of one name, written within a second
     for text in CONFIGS.strip().splitlines()[::every]:
         yield _expression("configs", text)
     for what, source in EXPERIMENTS[::every]:
@@ -564,7 +564,7 @@ def rows(every: int = 1) -> Iterator[Row]:
         for what, prepare, line in listed[::every]:
             prepare()
             yield _command(group, line, f"{what}: `jaxmem {line}`")
-    for text in expressions["calls of layers"].strip().splitlines()[::every]:
+    for text in CALLS.strip().splitlines()[::every]:
         yield _expression("calls of layers", text)
 
 

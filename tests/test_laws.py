@@ -365,23 +365,24 @@ def test_padding_in_front_of_tokens_is_loud_and_alone(name):
     wrong[1, :4], wrong[3, 10], wrong[5, 6] = 0, 0, -5
     of_others = lambda tree: jax.tree.map(lambda a: a[~bad], tree)
     parts = lambda result: of_others((result.y, result.state, result.d_x, result.d_state))
-    want, got = mixer(ids=ids), mixer(ids=wrong)
-    for after in (got, mixer(ids=ids, state=got.state), mixer(step_by_step, ids=ids, state=got.state)):
+    want, got, later = mixer(ids=ids), mixer(ids=wrong), np.full_like(ids, 2 * NEXT + T)
+    for after in (got, mixer(ids=later, state=got.state), mixer(step_by_step, ids=later, state=got.state)):
         assert np.all(np.isnan(after.y[bad])) and not np.any(np.isnan(after.y[~bad]))
     assert_equal(parts(got), parts(want))
     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves((got.d_parameters, got.d_x[bad])))
     with pytest.raises(ValueError, match=r"needs segment_ids above 0 .* in row 1; move padding to the end"):
-        mixer.layer(mixer.x, mixer.state, segment_ids=wrong)
+        mixer.layer(*jax.tree.map(jnp.asarray, (mixer.x, mixer.state)), segment_ids=jnp.asarray(wrong))
 
 
 @every_mixer
 def test_calls_on_nothing(name):
     """No tokens, or no rows: y of that shape, the state as it was."""
     mixer = sample(name)
-    for state in (mixer.state, None):
-        y, after = mixer.layer(mixer.x[:, :0], state, segment_ids=np.zeros((B, 0), np.int32))
+    x = jnp.asarray(mixer.x)
+    for state in (jax.tree.map(jnp.asarray, mixer.state), None):
+        y, after = mixer.layer(x[:, :0], state, segment_ids=jnp.zeros((B, 0), jnp.int32))
         assert y.shape == (B, 0, D) and (state is None or after is state)
-    shapes = jax.eval_shape(lambda x: mixer.layer(x, mixer.layer.init_state(0, capacity=CAPACITY)), mixer.x[:0])
+    shapes = jax.eval_shape(lambda x: mixer.layer(x, mixer.layer.init_state(0, capacity=CAPACITY)), x[:0])
     assert shapes[0].shape == (0, T, D) and all(leaf.shape[0] == 0 for leaf in jax.tree.leaves(shapes[1]))
 
 

@@ -36,6 +36,7 @@ from optax.contrib import MuonDimensionNumbers
 from jaxmem.fields import Bounds, Count, Decay, Fraction, Natural, NonNegative, Positive, checked
 from jaxmem.sharding import VECTOR, current_mesh
 from jaxmem.sharding.kinds import Matrix, kind_of, sides
+from jaxmem.training.adam import scale_by_adam
 from jaxmem.training.lazy_adam import lazy_adam
 from jaxmem.typing import Array, Float, Int, PyTree
 
@@ -183,7 +184,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
                 f"optimizer: needs parameters with logical axes, got {type(variable).__name__} without axes; "
                 "make parameters with jaxmem.sharding.param"
             )
-    direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    direction = scale_by_adam(config.b1, config.b2, config.eps)
     if config.kind == "muon":
         dimensions = [matrix_dimensions(variable) for variable in variables]
         labels = ["muon" if numbers and numbers.output_axis else "adamw" for numbers in dimensions]
@@ -205,7 +206,12 @@ def make_table_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gra
     if c.update == "lazy":
         return lazy_adam(rate, c.b1, c.b2, c.eps, c.weight_decay, c.clip_norm)
     clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
-    return optax.chain(clip, optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay))
+    adamw = optax.chain(
+        scale_by_adam(c.b1, c.b2, c.eps),
+        optax.add_decayed_weights(c.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    return optax.chain(clip, adamw)
 
 
 def matrix_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:

@@ -81,6 +81,7 @@ def _config(run_dir: Path, step: int | None) -> tuple[dict[str, Any], list[str]]
     """The config of the checkpoint, as JSON; what to tell if config.json says something else."""
     if not (steps := complete_steps(run_dir / CHECKPOINTS)):
         return read_config(run_dir), []
-    newest = steps[-1] if step is None else step
-    saved = unchecked_config(run_dir / CHECKPOINTS, newest) or read_run_config(run_dir / CHECKPOINTS, step)
+    saved = unchecked_config(run_dir / CHECKPOINTS, steps[-1] if step is None else step)
+    if saved is None or notes_on_config_file(run_dir, saved, ""):  # two that agree need not be read whole
+        saved = read_run_config(run_dir / CHECKPOINTS, step)
     return saved, notes_on_config_file(run_dir, saved, "the checkpoint's own copy is used")

@@ -39,6 +39,7 @@ def locked(run_dir: Path) -> Iterator[str]:
     Yields: what to tell: nothing, or that the file system has no locks.
     Raises: ValueError if another run has it; OSError if the folder cannot be written.
     """
+    is_new = not run_dir.exists()
     with explain_failed_write(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         file, note = _lock(run_dir)
@@ -48,7 +49,7 @@ def locked(run_dir: Path) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):  # while it is held: else it might be the next one's
             path.unlink(missing_ok=True)
-            if not any(run_dir.iterdir()):
+            if is_new and not any(run_dir.iterdir()):
                 run_dir.rmdir()
         os.close(file)
 

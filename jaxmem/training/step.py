@@ -141,7 +141,7 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
             (loss, told), (grads, reads) = differentiated(params, reads, tables, part, n_targets)
             return jax.tree.map(jnp.add, sums, (loss, told, grads)), reads
 
-        zeros = (jnp.zeros(()), (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.float32(0), (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
         if config.accumulate == 1:
             (loss, (nats, balance), grads), reads = add_part(zeros, jax.tree.map(lambda x: x[0], batch))
             reads = jax.tree.map(lambda x: x[None], reads)
@@ -185,11 +185,11 @@ def router_use(state: PyTree) -> list[tuple[int, PyTree]]:
 def core_penalty(model: Decoder) -> Float[Array, ""]:
     """`rank_penalty` of the keys that have a core, mean over their layers; 0 without any."""
     cores = [block.memory.keys.core for block in model.blocks if hasattr(getattr(block.memory, "keys", None), "core")]
-    return sum((rank_penalty(core[...]) for core in cores), jnp.zeros(())) / max(len(cores), 1)
+    return sum((rank_penalty(core[...]) for core in cores), jnp.float32(0)) / max(len(cores), 1)
 
 
 def balance_loss(config: DecoderConfig, state: PyTree) -> Float[Array, ""]:
     """The mean over all layers with a router of each one's own load-balancing loss, whether layers are written out or
     repeated; 0 without any."""
     losses = [load_balancing_loss(use, config.pattern[place].top_k) for place, use in router_use(state)]
-    return jnp.mean(jnp.concatenate(losses)) if losses else jnp.zeros(())
+    return jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0)

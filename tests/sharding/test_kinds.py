@@ -61,19 +61,19 @@ KINDS = {  # a matrix as [copies] inputs -> outputs, by the names of its axes; w
     # projections of recurrences; in a mixture one for each memory
     "projections/mix/*": "vector",
     "projections/bias/*": "vector",
-    "projections/down/*": "embed -> rank | [memory] embed -> rank",
-    "projections/weight/decay": "embed -> heads | [memory] embed -> heads | rank -> heads key | [memory] rank -> heads key",
+    "projections/down/*": "embed -> rank",
+    "projections/weight/decay": "embed -> heads | rank -> heads key",
     "projections/weight/dt": "embed -> heads",
     "projections/weight/forget": "embed -> heads | embed -> heads key",
-    "projections/weight/input": "embed -> heads | [memory] embed -> heads | embed -> heads value",
+    "projections/weight/input": "embed -> heads | embed -> heads value",
     "projections/weight/erase": "embed -> heads key",
-    "projections/weight/write": "embed -> heads | [memory] embed -> heads | embed -> tap heads | embed -> heads value",
+    "projections/weight/write": "embed -> heads | embed -> tap heads | embed -> heads value",
     "projections/weight/query": "embed -> heads key",
-    "projections/weight/key": "embed -> heads key | [memory] embed -> heads key | embed -> tap heads key",
-    "projections/weight/value": "embed -> heads value | [memory] embed -> heads value | embed -> tap heads value",
+    "projections/weight/key": "embed -> heads key | embed -> tap heads key",
+    "projections/weight/value": "embed -> heads value | embed -> tap heads value",
     "projections/weight/b": "embed -> heads key",
     "projections/weight/c": "embed -> heads key",
-    "projections/weight/strength": "rank -> heads key | [memory] rank -> heads key",
+    "projections/weight/strength": "rank -> heads key",
     "projections/weight/gate": "rank -> heads value",
     "router": "embed -> memory",
     # small parameters of recurrences
@@ -122,13 +122,13 @@ KINDS = {  # a matrix as [copies] inputs -> outputs, by the names of its axes; w
 
 
 def described(variable):
-    """A kind as it is written in the table."""
+    """A kind as it is written in the table, where one matrix stands for those of all memories of a mixture."""
     kind = getattr(variable, "kind", None)
     if not isinstance(kind, Matrix):
         return str(kind)
     n_stacked = len(variable.shape) - len(variable.axes)
     inputs, outputs = (" ".join(str(variable.axes[dim - n_stacked]) for dim in dims) for dims in sides(variable))
-    copies = " ".join(map(str, variable.axes[: kind.n_copies]))
+    copies = " ".join(str(axis) for axis in variable.axes[: kind.n_copies] if axis != "memory")
     return f"{f'[{copies}] ' if copies else ''}{inputs} -> {outputs or '1'}"
 
 

@@ -192,7 +192,10 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(config, tmp_pat
         assert (run_dir / "lock").read_text().startswith(f"process {os.getpid()} on ")
         with pytest.raises(ValueError, match=rf"which process {os.getpid()} on .* holds; wait"), locked(run_dir):
             pass
-    assert not run_dir.exists(), "nothing was written there"
+    assert not any(run_dir.iterdir())
+    with locked(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists(), "nothing was written there"
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
