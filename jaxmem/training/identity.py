@@ -32,7 +32,11 @@ def data_identity(text: Text, tokenizer: Tokenizer) -> dict[str, str]:
     probe = hashlib.blake2b(digest_size=16)
     some = text.train.limit(PROBE_BYTES)
     for piece in range(len(some)):
-        probe.update(np.stack(tokenizer.encode_counted(some[piece])).astype("<i4").tobytes())
+        try:
+            tokens = tokenizer.encode_counted(some[piece])
+        except ValueError as error:
+            raise ValueError(f"data: cannot use {some.name(piece)!r}: {error}") from error
+        probe.update(np.stack(tokens).astype("<i4").tobytes())
     return {
         "train": text.train.fingerprint,
         "heldout": text.heldout.fingerprint if text.heldout is not None else "none",
