@@ -1,4 +1,4 @@
-"""Sizes of 1: a config with one head, one channel, one step, one memory works, or says at once in a sentence what it needs."""
+"""Sizes of 1: a config with one head, channel, step or memory works, or says at once in a sentence what it needs."""
 
 import dataclasses
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_recurrences import EQUATIONS, B, H, K, V, assert_close
+from recurrences.test_recurrences import EQUATIONS, B, H, K, V, assert_close
 
 from jaxmem.layers.gated_delta_net import GatedDeltaProductConfig
 from jaxmem.recurrences import delta
