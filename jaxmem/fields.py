@@ -104,7 +104,7 @@ def check(what: str, name: str, value: Any, kind: Any) -> Any:
         place, got = f"{name}{misfit.place}", misfit.value
         advice = _advice(got, misfit.kind)
         raise ValueError(
-            f"{what}: needs {place} to be {describe(misfit.kind)}, got {place}={_shown(got)}; {advice}"
+            f"{what}: needs {place} to be {describe(misfit.kind)}, got {place}={shown(got)}; {advice}"
         ) from None
 
 
@@ -264,7 +264,7 @@ def _advice(value: Any, kind: Any) -> str:
     return "change it"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """`value` as an error shows it: on one line, and not much of it."""
     if isinstance(value, type) or inspect.isroutine(value):
         return f"the {'class' if isinstance(value, type) else 'function'} {value.__name__}"

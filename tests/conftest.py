@@ -32,8 +32,13 @@ jaxtyping.install_import_hook(
 collect_ignore_glob = ["golden/*"]  # scripts that make golden arrays need torch, the tests do not
 
 
-SHARING = ("test_loop.py", "test_generation.py", "test_decoder.py")
-"""Files whose tests share a trained run or compiled programs."""
+SHARING = {
+    "test_loop.py": "runs",
+    "test_resume.py": "runs",
+    "test_generation.py": "generation",
+    "test_decoder.py": "decoder",
+}
+"""Files whose tests share a trained run or compiled programs, and a word for what they share."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -43,7 +48,7 @@ def pytest_collection_modifyitems(items):
         if item.path.name == "test_laws.py" and "name" in item.callspec.params:
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["name"]))
         elif item.path.name in SHARING:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            item.add_marker(pytest.mark.xdist_group(SHARING[item.path.name]))
 
 
 MAPS, STATUS = Path("/proc/self/maps"), Path("/proc/self/status")

@@ -4,6 +4,7 @@ from jaxmem.checkpoints.disk_rows import DiskRows
 from jaxmem.checkpoints.reading import (
     CheckpointError,
     Restored,
+    again_if_gone,
     best_step,
     complete_steps,
     config_differences,
@@ -23,6 +24,7 @@ __all__ = [
     "Restored",
     "RowArray",
     "TableStore",
+    "again_if_gone",
     "best_step",
     "complete_steps",
     "config_differences",

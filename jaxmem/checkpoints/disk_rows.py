@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmem.checkpoints.table_store import TableStore
+from jaxmem.layers.host_rows import row_numbers
 from jaxmem.typing import Int
 
 
@@ -40,6 +41,7 @@ class DiskRows:
 
     def read(self, rows: Int[np.ndarray, "n"]) -> dict[str, np.ndarray]:
         """Raises: CheckpointError for a damaged chunk."""
+        rows = row_numbers(rows, self.n_rows, f"table {self.store.directory}")
         with self._lock:
             places = np.array([self._places.get(row, -1) for row in rows.tolist()], np.int64)
             unsaved = places >= 0
@@ -53,7 +55,19 @@ class DiskRows:
             return found
 
     def write(self, rows: Int[np.ndarray, "n"], arrays: dict[str, np.ndarray]) -> None:
-        """In host memory, until `save`."""
+        """In host memory, until `save`.
+
+        Raises: ValueError for rows or arrays that could not be saved, all of which are needed; nothing is written then.
+        """
+        rows = row_numbers(rows, self.n_rows, f"table {self.store.directory}")
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        self.store.expect(arrays)
+        lengths = {name: len(arrays[name]) if name in arrays else 0 for name in self._buffers}
+        if set(lengths.values()) != {len(rows)} or len(np.unique(rows)) < len(rows):
+            raise ValueError(
+                f"table {self.store.directory}: needs each row once, and {len(rows)} rows of all arrays, "
+                f"got {lengths}; pass them"
+            )
         with self._lock:
             places = np.array([self._places.setdefault(row, len(self._places)) for row in rows.tolist()], np.int64)
             for name, array in arrays.items():
@@ -66,15 +80,19 @@ class DiskRows:
     def save(self, step: int, keep_last: int | None = None) -> int:
         """Writes the rows of this step, of which `flush` has put back all, in one commit; returns how many.
 
-        Raises: as `TableStore.write`; the rows are still here then, and may be saved again.
+        Raises: as `TableStore.write`; the rows are still here then, and may be saved again. ValueError for keep_last < 1.
         """
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(
+                f"table {self.store.directory}: needs keep_last of at least 1, got keep_last={keep_last}; raise it"
+            )
         with self._lock:
             rows = np.fromiter(self._places, np.int64, len(self._places))
             order = np.argsort(rows)
             self.store.write(rows[order], {name: buffer[order] for name, buffer in self._buffers.items()}, step)
             self._forget()
             if keep_last is not None:
-                self.store.keep(self.store.steps()[-keep_last:])
+                self.store.keep_or_warn(self.store.steps()[-keep_last:])
             return len(rows)
 
     def _forget(self) -> None:

@@ -22,7 +22,7 @@ class DamagedCheckpoint(RuntimeError):
 
 
 class ChecksumHandler(ocp.JsonCheckpointHandler):
-    """Orbax item that lists size and CRC-32 of every file of the items registered before it.
+    """Orbax item that lists size and CRC-32 of every file of the items registered before it, and the step it was saved with.
 
     Args:
       read_all: also the CRC of files above 1 MiB, which costs reading them once more; else only their sizes.
@@ -41,18 +41,27 @@ class ChecksumHandler(ocp.JsonCheckpointHandler):
                     size = path.stat().length
                     read = self._read_all or size <= _ALWAYS_READ_BYTES
                     files[str(path.relative_to(directory.parent))] = [size, _crc32(path) if read else None]
-        (directory / _FILE).write_text(json.dumps(files))
+        step = json.loads((directory / _FILE).read_text())["step"]  # what was saved as this item
+        (directory / _FILE).write_text(json.dumps({"step": step, "files": files}))
 
 
 def check_files(checkpoint: epath.Path) -> None:
-    """Compares the files of a checkpoint with its checksums.
+    """Compares the files of a checkpoint with its checksums, and its step with the name of its folder.
+
+    Checkpoints of jaxmem before 0.2 do not know their step.
 
     Raises: DamagedCheckpoint, naming the first file that differs.
     Cost: reads every file that has a checksum once, about a second per GB.
     """
     name = f"{CHECKSUMS}/{_FILE}"
     try:
-        files = {name: (size, crc) for name, (size, crc) in json.loads((checkpoint / name).read_text()).items()}
+        written = json.loads((checkpoint / name).read_text())
+        if "step" in written and str(written["step"]) != checkpoint.name:
+            raise DamagedCheckpoint(
+                f"checkpoint {checkpoint.name} is damaged: its folder holds that of step {written['step']}, renamed"
+            )
+        written = written.get("files", written)
+        files = {name: (size, crc) for name, (size, crc) in written.items()}
         for name, (size, crc) in files.items():
             path = checkpoint / name
             if (found := path.stat().length) != size:

@@ -6,8 +6,8 @@ Nothing here writes, so an evaluation may read beside a training run.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,11 @@ from jaxmem.checkpoints.integrity import DamagedCheckpoint, check_files
 
 ARRAYS, RUN_CONFIG, DATA_STATE, METRIC = "arrays", "run_config", "data_state", "metric"
 LINES_IN_MESSAGE = 5
+_READINGS = 20
+"""At most, of a run that drops its checkpoints faster than they are read."""
+
+
+Read = TypeVar("Read")
 
 
 class CheckpointError(RuntimeError):
@@ -51,8 +56,12 @@ def read_run_config(directory: str | os.PathLike, step: int | None = None) -> di
 
     Raises: as `load_checkpoint`.
     """
-    found, _ = _newest_intact(directory, step)
-    return read_json(absolute(directory) / str(found), RUN_CONFIG)
+
+    def read() -> dict[str, Any]:
+        found, _ = _newest_intact(directory, step)
+        return read_json(absolute(directory) / str(found), RUN_CONFIG)
+
+    return again_if_gone(directory, read)
 
 
 def load_checkpoint(
@@ -74,6 +83,24 @@ def load_checkpoint(
       ValueError: no checkpoint of that step, or a checkpoint of another model, which is never passed over.
     Cost: every byte is read twice, the first time for its checksum.
     """
+    return again_if_gone(directory, lambda: _load(directory, abstract_tree, step, run_config))
+
+
+def again_if_gone(directory: str | os.PathLike, read: Callable[[], Read]) -> Read:
+    """What `read` returns, anew where it fails while a checkpoint disappears, as beside a run that keeps only the last."""
+    for _ in range(_READINGS):
+        before = complete_steps(directory)
+        try:
+            return read()
+        except Exception:  # of a file in the middle of it, or of a checkpoint that is not there any more
+            if set(before) <= set(complete_steps(directory)):
+                raise
+    return read()
+
+
+def _load(
+    directory: str | os.PathLike, abstract_tree: Any, step: int | None, run_config: Mapping[str, Any] | None
+) -> Restored:
     found, notes = _newest_intact(directory, step)
     folder = absolute(directory) / str(found)
     saved_config = read_json(folder, RUN_CONFIG)
@@ -82,6 +109,12 @@ def load_checkpoint(
         saved = handler.metadata(folder / ARRAYS).tree
         if differences := list(_array_differences(saved, wanted)):
             changes = config_differences(saved_config, run_config) if run_config is not None else []
+            if all(line.startswith("opt_state/") for line in differences) and not _of_model(changes):
+                raise ValueError(
+                    f"checkpoint {folder}: needs an optimiser that keeps of each parameter what is saved of it, got another: "
+                    f"{_first(differences)}; its parameters fit and can be used, but a run goes on with the version of jaxmem "
+                    "and the optimizer that it began with only; use these, or start a new run"
+                )
             raise ValueError(
                 f"checkpoint {folder}: needs the arrays of this model, got {_first(differences)}; "
                 + (f"the configurations differ in {_first(changes)}; " if changes else "")
@@ -165,6 +198,8 @@ def _newest_intact(directory: str | os.PathLike, step: int | None) -> tuple[int,
         try:
             check_files(absolute(directory) / str(candidate))
         except DamagedCheckpoint as damage:
+            if not (absolute(directory) / str(candidate)).exists():
+                raise  # dropped meanwhile, so there are newer ones
             notes.append(str(damage))
         else:
             return candidate, notes
@@ -191,6 +226,10 @@ def _array_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> I
         before, now = _describe(saved.get(name)), _describe(wanted.get(name))
         if before != now and name.split("/")[0] in tops:
             yield f"{name}: checkpoint {before}, model {now}"
+
+
+def _of_model(changes: list[str]) -> list[str]:
+    return [line for line in changes if line.startswith("model.")]
 
 
 def _describe(array: Any) -> str:

@@ -142,7 +142,7 @@ class CheckpointStore:
             RUN_CONFIG: self._run_config,
             DATA_STATE: json.loads(json.dumps(data_state)),  # a copy: the iterator moves on while this is written
             METRIC: {"metric": metric},
-            CHECKSUMS: {},  # filled when the others are on disk
+            CHECKSUMS: {"step": step},  # and more when the others are on disk
         }
         items = {ARRAYS: ocp.args.PyTreeSave(named_leaves(tree))}
         items |= {name: ocp.args.JsonSave(value) for name, value in json_items.items()}
@@ -169,8 +169,17 @@ class CheckpointStore:
         self.wait()
         restored = load_checkpoint(self._directory, abstract_tree, step, self._run_config)
         if restored.notes:
-            self._set_aside([newer for newer in self.steps() if newer > restored.step])
+            self._set_aside([newer for newer in self.steps() if newer > restored.step], "damaged")
         return restored
+
+    def set_aside_after(self, step: int) -> list[int]:
+        """The steps of later checkpoints, now renamed to `<step>.set-aside`, for a run that goes on from an earlier one."""
+        self.wait()
+        if later := [newer for newer in self.steps() if newer > step]:
+            self._set_aside(later, "set-aside")
+            for newer in later:
+                self._metrics.pop(newer, None)
+        return later
 
     def close(self) -> None:
         """Waits for the last save and releases orbax's threads.
@@ -225,15 +234,15 @@ class CheckpointStore:
                 f"{left}; make room there or name another directory, and resume"
             ) from error
 
-    def _set_aside(self, steps: Sequence[int]) -> None:
-        """Renames damaged checkpoints to `<step>.damaged`, so that their steps can be saved again."""
-        ocp.multihost.sync_global_processes("jaxmem: all processes have passed over the damaged checkpoints")
+    def _set_aside(self, steps: Sequence[int], why: str) -> None:
+        """Renames checkpoints to `<step>.<why>`, so that their steps can be saved again."""
+        ocp.multihost.sync_global_processes("jaxmem: all processes have passed over these checkpoints")
         if ocp.multihost.is_primary_host(0):
             for step in steps:
-                copies = len(list(self._directory.glob(f"{step}.damaged*")))
-                name = f"{step}.damaged" + (f".{copies + 1}" if copies else "")
+                copies = len(list(self._directory.glob(f"{step}.{why}*")))
+                name = f"{step}.{why}" + (f".{copies + 1}" if copies else "")
                 (self._directory / str(step)).rename(self._directory / name)
-        ocp.multihost.sync_global_processes("jaxmem: damaged checkpoints are renamed")
+        ocp.multihost.sync_global_processes("jaxmem: these checkpoints are renamed")
         self._manager.reload()
 
 

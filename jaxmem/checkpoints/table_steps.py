@@ -31,6 +31,10 @@ def touch(touched: Bool[Array, "M"], rows: Int[Array, "*n"]) -> Bool[Array, "M"]
     [True, False, True, False]
     """
     n_rows = touched.shape[0]
+    if not jnp.issubdtype(jnp.asarray(rows).dtype, jnp.integer) and jnp.size(rows):
+        raise ValueError(
+            f"table: needs the numbers of touched rows as integers, got {jnp.asarray(rows).dtype}; for a mask, touched | mask"
+        )
     return touched.at[jnp.where(rows < 0, n_rows, rows)].set(True, mode="drop")
 
 
@@ -49,7 +53,8 @@ def save_touched(
       keep_last: so many steps; None: all.
 
     Raises: ValueError for other widths, dtypes or rows than stored, a step not after the last, or arrays of several
-      processes; CheckpointError if it cannot be written, and then the step before is intact.
+      processes; CheckpointError if it cannot be written, and then the step before is intact
+      and the same may be saved again. A step that is written while no other can be dropped is a warning.
     """
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"table {store.directory}: needs keep_last of at least 1, got keep_last={keep_last}; raise it")
@@ -63,10 +68,12 @@ def save_touched(
         raise ValueError(
             f"table {store.directory}: needs touched for its {store.n_rows} rows, got {touched.shape}; use none_touched"
         )
+    if touched.dtype != bool:
+        raise ValueError(f"table {store.directory}: needs touched as a mask, got {touched.dtype}; use none_touched")
     rows = np.flatnonzero(np.asarray(touched))
     store.write(rows, {name: rows_on_host(table, rows) for name, table in tables.items()}, step)
     if keep_last is not None:
-        store.keep(store.steps()[-keep_last:])
+        store.keep_or_warn(store.steps()[-keep_last:])
     return len(rows)
 
 

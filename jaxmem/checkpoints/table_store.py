@@ -10,8 +10,10 @@ Cost: a read or write of n scattered rows touches n chunks, i.e. max(4 KiB, a ro
 """
 
 import dataclasses
+import operator
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,8 @@ from jaxmem.checkpoints.table_rows import (
     unsealed,
     zarr_spec,
 )
-from jaxmem.checkpoints.table_versions import MANIFEST, Versions, reason
+from jaxmem.checkpoints.table_versions import FILES, MANIFEST, Versions, reason
+from jaxmem.layers.host_rows import row_numbers
 from jaxmem.typing import Array, Int, Shaped
 
 if TYPE_CHECKING:  # `import jaxmem` stays light
@@ -37,6 +40,11 @@ if TYPE_CHECKING:  # `import jaxmem` stays light
 
 _ABOUT = "table.json"
 _CHUNK = re.compile(r'Error reading "(\w+)/c/(\d+)/0"')
+
+
+def _in_use(directory: Path) -> bool:
+    """Whether there is more than a `create` leaves that was killed, or had no room."""
+    return any(path.name not in (FILES, f"{MANIFEST}.__lock") for path in directory.iterdir())
 
 
 class TableStore:
@@ -61,8 +69,10 @@ class TableStore:
         self._forget()
 
     @classmethod
-    def create(cls, directory: str | os.PathLike, n_rows: int, arrays: Mapping[str, RowArray]) -> "TableStore":
-        """Of n_rows rows, none of them written; a few KB.
+    def create(
+        cls, directory: str | os.PathLike, n_rows: int, arrays: Mapping[str, RowArray], label: str = ""
+    ) -> "TableStore":
+        """Of n_rows rows, none of them written; a few KB. A label says whose rows they are, wherever the directory goes.
 
         Raises: ValueError without rows or arrays, for names that are no identifiers, and if something is there.
         """
@@ -72,9 +82,10 @@ class TableStore:
                 f"table {directory}: needs rows, and arrays with names like Python's, got n_rows={n_rows}, "
                 f"arrays={list(arrays)}; change them"
             )
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and (not directory.is_dir() or (directory / MANIFEST).exists() or _in_use(directory)):
             raise ValueError(f"table {directory}: needs a new or empty directory, got one in use; name another")
         about = {
+            "label": label,
             "n_rows": n_rows,
             "arrays": {name: dataclasses.asdict(array) for name, array in arrays.items()},
             "steps": {},
@@ -89,14 +100,23 @@ class TableStore:
             store.write(_ABOUT, sealed(about)).result()
 
         versions = Versions(directory)
-        versions.commit(write, after=None)
-        versions.keep(())  # nor the empty one before it
+        try:
+            versions.commit(write, after=None)
+        except CheckpointError:
+            (directory / MANIFEST).unlink(missing_ok=True)  # of the empty version before it
+            raise
+        versions.keep(())  # nor the empty one
         return cls(directory)
 
     @property
     def n_rows(self) -> int:
         """Of the newest state."""
         return self._about["n_rows"]
+
+    @property
+    def label(self) -> str:
+        """As created; "" without."""
+        return self._about.get("label", "")
 
     def rows_at(self, step: int | None) -> int:
         """How many rows there were at the end of a step; None: now."""
@@ -194,6 +214,9 @@ class TableStore:
                 raise self._wrong(f"needs {name} without the NaN of rows never written, got some; change them")
         if len(np.unique(rows)) < len(rows):
             raise self._wrong("needs each row once, got some twice; add up what they get")
+        if step is not None and (isinstance(step, bool | np.bool) or not hasattr(step, "__index__")):
+            raise self._wrong(f"needs a step that is an integer, got step={step!r}; convert it")
+        step = None if step is None else operator.index(step)
         last = max(map(int, self._about["steps"]), default=-1)
         if step is not None and step <= last:
             raise self._wrong(f"needs a step after {last}, the last saved, got step={step}; rewind first")
@@ -237,6 +260,14 @@ class TableStore:
         if space.disk_bytes > 2 * space.live_bytes + CHUNK_BYTES * 16:
             self.compact()
 
+    def keep_or_warn(self, steps: Iterable[int]) -> None:
+        """`keep` behind a step that is saved: if it fails, as on a full disk, that is a warning, and the next may drop them."""
+        try:
+            self.keep(steps)
+        except CheckpointError as error:
+            warnings.warn(f"older steps are still there: {error}", stacklevel=2)
+            self._forget()
+
     def compact(self) -> None:
         """Deletes files that nothing kept needs, and moves values out of files of which less than half is in use.
 
@@ -266,29 +297,46 @@ class TableStore:
         self._forget()
 
     def _commit(self, write, step: int | None, **changes: Any) -> None:
-        numbers = self._versions.numbers()
-        steps = {name: number for name, number in self._about["steps"].items() if number in numbers}
-        steps |= {} if step is None else {str(step): self._number + 1}
-        about = {**self._about, **changes, "steps": steps}
+        """What one commit reads and writes does not grow with those before it, but for the names of the steps."""
+        self._expect_no_other()
+        steps = self._about["steps"] | ({} if step is None else {str(step): self._number + 1})
+        about = {**self._about, **changes, "steps": steps, "version": self._number + 1, "mark": os.urandom(8).hex()}
 
         def write_all(store: "ts.KvStore") -> None:
             write(store)
             store.write(_ABOUT, sealed(about)).result()
 
         try:
-            self._versions.commit(write_all, after=self._number)
+            number = self._versions.commit(write_all, after=self._number)
         except CheckpointError as error:  # a chunk of which some rows are written is read before
+            self._forget()
             if _CHUNK.search(str(error.__cause__)):
                 raise self._damaged(error.__cause__) from error
             raise
-        finally:
+        if self._read_about(number) != about:
             self._forget()
+            raise self._another_writer()
+        self._opened, self._number, self._about, self._as_written = {}, number, about, about
+
+    def _expect_no_other(self) -> None:
+        """Raises CheckpointError if another program has written since this read what is there."""
+        if self._read_about(None) != self._as_written:
+            self._forget()
+            raise self._another_writer()
+
+    def _another_writer(self) -> CheckpointError:
+        return CheckpointError(
+            f"table {self.directory}: needs one writer at a time, got another's version {self._number}; "
+            "open it again, or stop the other"
+        )
 
     def _forget(self) -> None:
         """What was read of the newest version."""
         self._opened: dict[tuple[str, int | None], ts.TensorStore] = {}
-        self._number = self._versions.numbers()[-1]
-        self._about = self._read_about(None)
+        numbers = self._versions.numbers()
+        self._number, self._about = numbers[-1], self._read_about(None)
+        steps = {step: number for step, number in self._about["steps"].items() if number in set(numbers)}
+        self._as_written, self._about = self._about, {**self._about, "steps": steps}
 
     def _read_about(self, version: int | None) -> dict[str, Any]:
         try:
@@ -325,11 +373,11 @@ class TableStore:
         return None if step is None else self._about["steps"][str(step)]
 
     def _numbers(self, rows: Any, n_rows: int) -> Int[np.ndarray, "n"]:
-        numbers = np.arange(*rows.indices(n_rows)) if isinstance(rows, slice) else np.asarray(rows, np.int64)
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= n_rows):
-            raise self._wrong(
-                f"needs rows in 0..{n_rows - 1}, got {numbers.min()}..{numbers.max()}; grow the table, or change them"
-            )
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(n_rows))
+        numbers = row_numbers(rows, n_rows, f"table {self.directory}")
+        if numbers.ndim != 1:
+            raise self._wrong(f"needs the numbers of rows in one dimension, got {list(numbers.shape)}; flatten them")
         return numbers
 
     def _wrong(self, what: str) -> ValueError:

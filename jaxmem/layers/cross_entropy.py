@@ -27,7 +27,7 @@ import numpy as np
 from jaxmem.layers.embedding import TABLE, TOKENS, own_rows
 from jaxmem.recurrences.documents import known
 from jaxmem.sharding import constrain, local, mesh_axes, stored_like
-from jaxmem.typing import Array, Float, Int
+from jaxmem.typing import Array, Bool, Float, Int
 
 CHUNK_TOKENS = 1024
 """Enough rows that reading the table and adding to dtable once per chunk costs less than the products themselves."""
@@ -78,7 +78,7 @@ def chunked_cross_entropy(
     _require_tokens(targets, vocab_size or table.shape[0], weights)
     logit, lse = target_logit_and_lse(x, table, targets, vocab_size, chunk_tokens)
     weights = constrain(weights.astype(jnp.float32), *TOKENS)
-    nats = jnp.where(weights != 0, _of_tokens(lse - logit, targets, vocab_size or table.shape[0]), 0)
+    nats = _of_tokens(lse - logit, targets, vocab_size or table.shape[0], weights != 0)
     nats_sum = jnp.sum(weights * nats)
     z_sum = jnp.sum(weights * jnp.square(lse))
     return CrossEntropy(nats_sum + z_loss * z_sum, nats_sum, jnp.sum(weights))
@@ -101,9 +101,12 @@ def token_nats(
     return _of_tokens(lse - logit, targets, vocab_size or table.shape[0])
 
 
-def _of_tokens(nats: Float[Array, "B T"], targets: Int[Array, "B T"], n_tokens: int) -> Float[Array, "B T"]:
-    """NaN where the target is none of the vocabulary."""
-    return jnp.where((targets >= 0) & (targets < n_tokens), nats, jnp.nan)
+def _of_tokens(
+    nats: Float[Array, "B T"], targets: Int[Array, "B T"], n_tokens: int, counts: Bool[Array, "B T"] | bool = True
+) -> Float[Array, "B T"]:
+    """NaN where a target that counts is none of the vocabulary."""
+    is_token = constrain((targets >= 0) & (targets < n_tokens), *TOKENS)
+    return jnp.where(is_token | ~jnp.asarray(counts), nats, jnp.nan)
 
 
 def _require_tokens(targets: Array, n_tokens: int, weights: Array | None = None) -> None:

@@ -143,13 +143,10 @@ class SequenceMixer(nnx.Module):
 
         Raises: ValueError for a negative batch, a capacity below 1, a dtype that is none of floats.
         """
-        for name, value, least in (("batch", batch, 0), ("capacity", capacity, 1)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least
-            ):
-                raise ValueError(
-                    f"{self.what}: needs {name} >= {least}, got {name}={value!r}; pass a whole number to init_state"
-                )
+        for name, value, least in (("batch", batch, 0), ("capacity", 1 if capacity is None else capacity, 1)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                got = f"{name} {said(value)}" if hasattr(value, "shape") else f"{name}={value!r}"
+                raise ValueError(f"{self.what}: needs {name} >= {least}, got {got}; pass a whole number to init_state")
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{self.what}: needs a dtype of floats for its state, got dtype={dtype!r}; use that of x")
         return self.empty_state(batch, capacity, dtype)
@@ -192,7 +189,8 @@ class SequenceMixer(nnx.Module):
         return y.astype(x.dtype), state._replace(cursor=cursor)
 
     def _require_call(self, x: Array, state: PyTree, segment_ids: Array | None, positions: Array | None) -> None:
-        if jnp.ndim(x) != 3 or x.shape[2] != self.d_model or not jnp.issubdtype(x.dtype, jnp.floating):
+        is_3d = len(getattr(x, "shape", ())) == 3
+        if not is_3d or x.shape[2] != self.d_model or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"{self.what}: needs x [B T D] of floats with D = d_model = {self.d_model}, got x {said(x)}; "
                 "pass hidden vectors of this width, one row per sequence"
@@ -232,7 +230,7 @@ def said(x: PyTree) -> str:
 
 def require_per_token(what: str, name: str, array: Array, shape: tuple[int, int]) -> None:
     """Raises ValueError for what is not one integer per token."""
-    if jnp.shape(array) != shape or not jnp.issubdtype(getattr(array, "dtype", None), jnp.integer):
+    if getattr(array, "shape", None) != shape or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
             f"{what}: needs {name} [B T] of integers and shape {tuple(shape)}, one per token, got {name} {said(array)}; "
             "pass an int32 array"
@@ -248,7 +246,7 @@ def init_cursor(batch: int) -> Cursor:
 
 
 def advance(
-    cursor: Cursor, segment_ids: Int[Array, "B T"] | None, n_tokens: int, what: str = "segment_ids"
+    cursor: Cursor, segment_ids: Int[Array, "B T"] | None, n_tokens: int, what: str = "mixer"
 ) -> tuple[Tokens, Cursor]:
     """Reads the next `n_tokens` of every row: what is known of them, and the cursor behind them.
 
@@ -259,6 +257,7 @@ def advance(
     >>> tokens.document.tolist(), tokens.position[0, :5].tolist(), cursor.segment.tolist(), cursor.position.tolist()
     ([[1, 1, 2, 2, 3, 0]], [0, 1, 0, 1, 0], [1], [1])
     """
+    given = segment_ids
     if segment_ids is None:
         rows = cursor.segment.shape[0]
         segment_ids = constrain(jnp.broadcast_to(cursor.segment[:, None], (rows, n_tokens)), "batch", "time")
@@ -269,7 +268,8 @@ def advance(
         _advance, in_axes=(Cursor(row, row), rows), out_axes=(Tokens(rows, rows, rows), Cursor(row, row))
     )(cursor, segment_ids.astype(jnp.int32))
     if (after := known(end.segment)) is not None and np.any(after == BROKEN):
-        require_padding_behind(what, segment_ids)
+        if given is not None:
+            require_padding_behind(what, given)
         raise ValueError(
             f"{what}: needs a state whose calls had padding behind their tokens only, got one that had padding in front of a "
             f"token, or a negative id, in row {int(np.argmax(after == BROKEN))}; start that row again with an empty state"

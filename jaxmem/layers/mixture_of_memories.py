@@ -150,7 +150,7 @@ def load_balancing_loss(use: RouterUse, top_k: int) -> Float[Array, "*L"]:
     gives M. 0 without tokens. Layers are not pooled: routers that send everything each to another memory would look even.
 
     Args:
-      use: of one router [B M] or of several [*L B M], rows added up.
+      use: of one router [M] or [B M] or of several [*L B M]; rows are added up.
 
     Reference: Fedus et al. 2021, arXiv 2101.03961, equation 4, for top-k as in Mixtral's code, there over all layers at once.
 
@@ -158,7 +158,7 @@ def load_balancing_loss(use: RouterUse, top_k: int) -> Float[Array, "*L"]:
     >>> load_balancing_loss(RouterUse(*2 * [jnp.stack([even, collapsed])]), top_k=1).tolist()
     [1.0, 2.0]
     """
-    chosen, probability = (x.sum(axis=-2) for x in use)
+    chosen, probability = (jnp.atleast_2d(x).sum(axis=-2) for x in use)
     tokens = jnp.maximum(chosen.sum(axis=-1) / top_k, 1.0)
     return chosen.shape[-1] * jnp.sum(chosen * probability, axis=-1) / tokens**2
 
@@ -295,6 +295,7 @@ class MixtureOfMemories(SequenceMixer):
         if n_shards(axis) > 1 and history:
             before = remembered_before(history, {name: packed(x[name]) for name in history}, packing, axis)
         recent = jnp.arange(n_history, 0, -1) <= before_call.tokens[..., None]  # [B M n]
+        recent |= before_call.document[..., None] == 1  # zeros before the tokens that the state has seen
         of_items = jnp.broadcast_to(tokens.document[..., None], memory.shape)
         documents = packed(of_items, jnp.where(recent, before_call.document[..., None], 0))
         inputs = {name: packed(a, before.get(name)) for name, a in x.items()}

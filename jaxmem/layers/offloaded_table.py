@@ -208,8 +208,9 @@ class OffloadedTable:
           n_misses: most different rows that are not in the cache; if they are more, all of the result is NaN.
           name: of the array.
 
-        Raises: ValueError for n_misses < 1; as `bag`.
+        Raises: ValueError for n_misses < 1, and for ids that are no integers; as `bag`.
         """
+        _expect_integers(ids.dtype, ids.size)
         if n_misses < 1:
             raise ValueError(f"offloaded table: needs n_misses of at least 1, got n_misses={n_misses}; raise it")
         return self._bag_through(view, ids, weights, n_misses=n_misses, name=name)
@@ -238,7 +239,9 @@ class OffloadedTable:
 
     def _known(self, ids: Ids) -> Int[np.ndarray, "n"]:
         """Different ids, ascending."""
-        different = np.unique(np.asarray(ids)).astype(np.int64)
+        ids = np.asarray(ids)
+        _expect_integers(ids.dtype, ids.size)
+        different = np.unique(ids).astype(np.int64)
         if different.size and (different[0] < 0 or different[-1] >= self.rows.n_rows):
             raise ValueError(
                 f"offloaded table: needs ids in 0..{self.rows.n_rows - 1}, the rows of the table, "
@@ -289,6 +292,13 @@ class OffloadedTable:
         changed[slots] = False
         counts = cache.counts._replace(bytes_written=cache.counts.bytes_written + _n_bytes(arrays))
         return cache._replace(changed=changed, counts=counts)
+
+
+def _expect_integers(dtype: np.dtype, size: int) -> None:
+    if size and not np.issubdtype(dtype, np.integer):
+        raise ValueError(
+            f"offloaded table: needs ids that are integers, got {dtype}; convert them, a mask by np.flatnonzero(mask)"
+        )
 
 
 class _Found(NamedTuple):

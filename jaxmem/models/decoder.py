@@ -161,8 +161,11 @@ class Decoder(nnx.Module):
     def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike | None = None) -> PyTree:
         """The empty state of `batch` rows; see `Mixer.init_state`."""
         dtype = self.config.dtype if dtype is None else dtype
-        empty = lambda block: block.mixer.init_state(batch, capacity=capacity, dtype=dtype)
-        return tuple(jax.vmap(lambda _, b=block: empty(b))(jnp.arange(self.config.repeats)) for block in self.blocks)
+        return self._empty(lambda mixer: mixer.init_state(batch, capacity=capacity, dtype=dtype))
+
+    def _empty(self, of_mixer: Callable[[Mixer], PyTree]) -> PyTree:
+        layers = jnp.arange(self.config.repeats)
+        return tuple(jax.vmap(lambda _, b=block: of_mixer(b.mixer))(layers) for block in self.blocks)
 
     def __call__(
         self,
@@ -190,12 +193,13 @@ class Decoder(nnx.Module):
         self._require_call(tokens, state, segment_ids, positions)
         if not tokens.size:
             return self._of_nothing(tokens, state, with_use)
-        if segment_ids is not None:  # what stands in padding is no token
-            tokens = jnp.where(segment_ids == 0, 0, tokens)
         layout = current_rules().layout
         tokens, segment_ids, positions = (
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
+        if segment_ids is not None:  # what stands in padding need not be a token
+            none = (tokens < 0) | (tokens >= self.config.vocab_size)
+            tokens = jnp.where(none & (segment_ids == 0), 0, tokens)
         documents = {"segment_ids": segment_ids, "positions": positions}
         if state is None:  # once, and not in every layer
             documents["read"] = advance(init_cursor(tokens.shape[0]), segment_ids, tokens.shape[1])
@@ -218,7 +222,7 @@ class Decoder(nnx.Module):
         return self.norm(restore(x, layout, "batch", "time", "embed")), states, uses
 
     def _require_call(self, tokens, state, segment_ids, positions) -> None:
-        if jnp.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        if len(getattr(tokens, "shape", ())) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"Decoder: needs tokens [B T] of integers, got tokens {said(tokens)}; pass token ids, one row per sequence"
             )
@@ -227,17 +231,20 @@ class Decoder(nnx.Module):
                 require_per_token("Decoder", name, array, tokens.shape)
         if segment_ids is not None:
             require_padding_behind("Decoder", segment_ids)
-        if state is not None and (type(state) is not tuple or len(state) != len(self.blocks)):
+        n = len(self.blocks)
+        if state is not None and (type(state) is not tuple or len(state) != n):
             raise ValueError(
-                f"Decoder: needs a state with one entry per mixer of the pattern, {len(self.blocks)}, "
-                f"got state {said(state)}; pass what init_state or a call of this decoder returned, and others by name"
+                f"Decoder: needs a state with one entry per mixer of the pattern, {n}, got state {said(state)}; "
+                "pass what init_state or a call of this decoder returned, and segment_ids and positions by name"
             )
 
     def _of_nothing(self, tokens, state, with_use: bool):
         """Of no tokens or no rows: hidden vectors of that shape, the state as it was, no use of memories."""
         batch, n_tokens = tokens.shape
         if state is None:
-            state = self.init_state(batch, capacity=max(n_tokens, 1))
+            n = max(n_tokens, 1)
+            capacity = lambda mixer: mixer.capacity_for(n) if isinstance(mixer, SequenceMixer) else n
+            state = self._empty(lambda m: m.init_state(batch, capacity=capacity(m), dtype=self.config.dtype))
         like = jax.eval_shape(lambda: self._run(jnp.zeros((1, 1), jnp.int32), None, None, None, with_use)[2])
         hidden = jnp.zeros((batch, n_tokens, self.config.d_model), self.config.dtype)
         return hidden, state, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)

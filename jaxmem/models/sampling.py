@@ -46,8 +46,8 @@ def sample(logits: Float[Array, "B Vocab"], key: PRNGKeyArray, config: SamplingC
     [1]
     """
     if config.temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    return jax.random.categorical(key, truncate(logits, config), axis=-1)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, truncate(logits, config), axis=-1).astype(jnp.int32)
 
 
 def truncate(logits: Float[Array, "B Vocab"], config: SamplingConfig) -> Float[Array, "B Vocab"]:

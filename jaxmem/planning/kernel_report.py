@@ -141,8 +141,12 @@ def visited(n_tokens: int, block_q: int, block_k: int) -> tuple[int, int]:
     return whole, pairs - whole
 
 
-def report(topology: str, problem: Problem = Problem()) -> Iterator[str]:
+def report(
+    topology: str, problem: Problem = Problem(), say: Callable[[str], None] = lambda text: None
+) -> Iterator[str]:
     """Lines of a table of all candidates, as they are compiled; then the ratios of the best of ours to the best of others.
+
+    `say` is told what is being compiled.
 
     Raises: ValueError for an unknown topology; RuntimeError without the libtpu package.
     """
@@ -150,7 +154,8 @@ def report(topology: str, problem: Problem = Problem()) -> Iterator[str]:
     environment()
     yield f"{topology}: causal attention, {problem}; static cycles, which ignore stalls"
     best: dict[tuple[str, bool], float] = {}
-    for candidate in candidates():
+    for i, candidate in enumerate(all_candidates := candidates()):
+        say(f"{topology}: compiling {candidate.name} ({i + 1} of {len(all_candidates)})")
         try:
             cycles, mxu = static_cycles(candidate, problem, topology)
         except RuntimeError as error:

@@ -81,6 +81,9 @@ def call(
     documents, broken = None, None
     if segment_ids is not None:
         documents, broken = read_documents(what, segment_ids, (sizes["B"], sizes["T"]))
+    if not sizes["B"] or not sizes["T"]:  # nothing to do
+        of_token = (sizes["H"], sizes["V"]) if "V" in sizes else (sizes["D"], 1)
+        return jnp.zeros((sizes["B"], sizes["T"], *of_token), dtype), state.astype(state_dtype)
     scale = sizes.get("K", 1) ** -0.5 if scale is None else scale
     make = in_float32(functools.partial(streams, scale=scale))
     o, state = recurrence(

@@ -62,6 +62,21 @@ class MeshConfig:
         return (self.data, self.fsdp, self.seq, self.model)
 
 
+def mesh_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
+    """How many of `n_devices` stand along each axis.
+
+    Raises: ValueError if the sizes do not multiply to that number.
+    """
+    fixed = math.prod(size for size in config.sizes if size != -1)
+    sizes = tuple(n_devices // fixed if size == -1 else size for size in config.sizes)
+    if math.prod(sizes) != n_devices:
+        raise ValueError(
+            f"mesh: needs data x fsdp x seq x model = {n_devices} devices, "
+            f"got {dict(zip(MESH_AXES, config.sizes, strict=True))}; change the sizes or the number of devices"
+        )
+    return sizes
+
+
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all), every axis of explicit type; TPUs along `seq` stand in rings.
 
@@ -71,13 +86,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     ('data', 'fsdp', 'seq', 'model')
     """
     devices = jax.devices() if devices is None else list(devices)
-    fixed = math.prod(size for size in config.sizes if size != -1)
-    sizes = tuple(len(devices) // fixed if size == -1 else size for size in config.sizes)
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"mesh: needs data x fsdp x seq x model = {len(devices)} devices, "
-            f"got {dict(zip(MESH_AXES, config.sizes, strict=True))}; change the sizes or the number of devices"
-        )
+    sizes = mesh_sizes(config, len(devices))
     types = (AxisType.Explicit,) * len(MESH_AXES)
     of_rings = arrange(devices, sizes, MESH_AXES.index("seq")) if devices[0].platform == "tpu" else None
     if of_rings is not None:

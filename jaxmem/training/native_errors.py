@@ -1,7 +1,7 @@
 """What C++ libraries write to standard error, and how they abort: kept from the terminal of a run of several processes.
 
 When a process of a run dies, JAX's client in the others aborts them from a thread of its own, with a stack trace; no Python
-code runs before it, and a callback in Python cannot be given to it (jaxlib 0.10 to 0.12). So the signal of the abort is caught.
+code runs before it, and no callback in Python can be given to it (jaxlib 0.10 to 0.12). So the signal of the abort is caught.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ class NativeErrors:
     def __init__(self, explain: Callable[[str], str | None]):
         sys.stderr.flush()
         self._stderr = os.dup(2)
-        self._file, self._recent = tempfile.TemporaryFile("a+b", buffering=0), ""
+        self._file, self._recent = tempfile.TemporaryFile("a+b", buffering=0), ""  # noqa: SIM115
         os.dup2(self._file.fileno(), 2)
         sys.stderr = os.fdopen(os.dup(self._stderr), "w", buffering=1, errors="backslashreplace")
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._aborted(explain))
@@ -55,7 +55,7 @@ class NativeErrors:
 def without_others(text: str) -> str:
     r"""Without what the coordination service, its clients and gloo have logged, each entry to its last line.
 
-    >>> without_others("W1129 00:27:27.2 1 preemption_sync_manager.cc:1] Failed\nmore of it\nE1129 00:27:28.0 1 a.cc:2] Bad\n")
+    >>> without_others("W1129 00:27:27.2 1 preemption_sync_manager.cc:1] Failed\nmore\nE1129 00:27:28.0 1 a.cc:2] Bad\n")
     'E1129 00:27:28.0 1 a.cc:2] Bad\n'
     """
     return "".join(entry for entry in _ENTRY.split(text) if not _OF_OTHERS.search(entry.split("\n")[0]))

@@ -36,6 +36,7 @@ from optax.contrib import MuonDimensionNumbers
 from jaxmem.fields import Bounds, Count, Decay, Fraction, Natural, NonNegative, Positive, checked
 from jaxmem.sharding import VECTOR, current_mesh
 from jaxmem.sharding.kinds import Matrix, kind_of, sides
+from jaxmem.training.adam import scale_by_adam
 from jaxmem.training.lazy_adam import lazy_adam
 from jaxmem.typing import Array, Float, Int, PyTree
 
@@ -104,16 +105,10 @@ class OptimizerConfig:
     on_new_steps: Literal["restate", "continue"] = "restate"
     """Rates of a run that is resumed with another number of steps: those of a run of that number, which may jump; or on from
     the rate reached, down to the final one at the new end (`jaxmem.training.rates`)."""
-    continued: tuple[tuple[int, int], ...] = ()
-    """Kept by the run: (step, steps until then) of each time that it was resumed with other steps to `continue`."""
+    continued: tuple[int, float] | None = None
+    """Kept by the run: the step at which it was last resumed to `continue`, the rate reached as a part of learning_rate."""
     tables: TableOptimizerConfig = TableOptimizerConfig()
     """Of memory tables, if there are any: a group apart, of which nothing above holds but the form of the schedule."""
-
-    def __post_init__(self):
-        if not _rise([at for at, _ in self.continued]):
-            raise ValueError(
-                f"optimizer: needs pairs of steps that rise, got continued={self.continued}; leave it to the run"
-            )
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
@@ -123,7 +118,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
 
     shape falls from 1 to final_fraction between the end of warm-up (cosine), or the last decay_fraction of all steps
     (wsd), and total_steps. In a run too short for both, as when an experiment is cut to a few steps to try it, warm-up
-    and decay overlap. From a step at which the run was `continued` shape falls from what it had reached: a cosine over all
+    and decay overlap. From the step at which the run was `continued` shape falls from what it had reached: a cosine over all
     steps that were left, wsd over the last decay_fraction of all, as far as they were left.
 
     Raises: ValueError if total_steps is not positive.
@@ -134,60 +129,40 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     """
     if total_steps < 1:
         raise ValueError(f"schedule: needs total_steps >= 1, got total_steps={total_steps}; train for some steps")
-    (_, first), *later = _legs(config, total_steps)
-
-    def rate(step):
-        step = jnp.asarray(step, jnp.float32)
-        value = first(step, jnp)
-        for start, leg in later:
-            value = jnp.where(step >= start, leg(step, jnp), value)
-        return value
-
-    return rate
+    rate = _rate(config, total_steps)
+    return lambda step: rate(jnp.asarray(step, jnp.float32), jnp)
 
 
 def rate_of(config: OptimizerConfig, total_steps: int, step: int) -> float:
-    """The same of one step, as a number: also while something is traced."""
-    leg = [leg for start, leg in _legs(config, total_steps) if start <= step][-1]
-    return float(leg(np.float64(step), np))
+    """The same of one step, as a number."""
+    return float(_rate(config, total_steps)(np.float64(step), np))
 
 
-def _legs(config: OptimizerConfig, total_steps: int) -> list[tuple[int, Callable[[Any, Any], Any]]]:
-    """(first step, rate of a step from there on, in jnp or numpy) of a run and of each time that it was continued."""
-    ends = [*(until_then for _, until_then in config.continued), total_steps]
-    legs = [(0, _leg(config, 1.0, config.warmup_steps, ends[0], config.warmup_steps))]
-    for (start, _), end in zip(config.continued, ends[1:], strict=True):
-        reached = float(legs[-1][1](np.float64(start - 1), np)) / config.learning_rate
-        legs.append((start, _leg(config, reached, start, end)))
-    return legs
-
-
-def _leg(config: OptimizerConfig, highest: float, start: int, end: int, warmup_steps: int | None = None):
-    """The rate from the part `highest` of learning_rate at the step `start` down to final_fraction at the step `end`."""
+def _rate(config: OptimizerConfig, total_steps: int) -> Callable[[Any, Any], Any]:
+    """The rate of a step, in jnp or numpy."""
+    start, highest = config.continued or (config.warmup_steps, 1.0)
+    warmup_steps = 1 if config.continued else max(1, config.warmup_steps)
+    left = max(0, total_steps - start)
     decay_steps = {
-        "cosine": max(0, end - start),
-        "wsd": max(1, round(config.decay_fraction * end)),
+        "cosine": left,
+        "wsd": max(1, round(config.decay_fraction * total_steps)),
         "constant": 0,
     }[config.schedule]
-    if warmup_steps is None:  # no part of a decay lies before a continuation
-        decay_steps = min(decay_steps, max(0, end - start))
+    if config.continued:  # no part of a decay lies before that
+        decay_steps = min(decay_steps, left)
     drop = highest - min(highest, config.final_fraction)
 
     def rate(step, xp):
-        done = xp.clip((step - (end - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
+        done = xp.clip((step - (total_steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
         fall = {
             "cosine": (1 - xp.cos(xp.pi * done)) / 2,
             "wsd": done,
             "constant": 0.0,
         }[config.schedule]
-        rise = xp.minimum(1.0, (step + 1) / max(1, warmup_steps or 1))
+        rise = xp.minimum(1.0, (step + 1) / warmup_steps)
         return config.learning_rate * rise * (highest - drop * fall)
 
     return rate
-
-
-def _rise(steps: list[int]) -> bool:
-    return all(a < b for a, b in zip([0, *steps], steps, strict=False))
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) -> optax.GradientTransformation:
@@ -209,7 +184,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
                 f"optimizer: needs parameters with logical axes, got {type(variable).__name__} without axes; "
                 "make parameters with jaxmem.sharding.param"
             )
-    direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    direction = scale_by_adam(config.b1, config.b2, config.eps)
     if config.kind == "muon":
         dimensions = [matrix_dimensions(variable) for variable in variables]
         labels = ["muon" if numbers and numbers.output_axis else "adamw" for numbers in dimensions]
@@ -231,7 +206,12 @@ def make_table_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gra
     if c.update == "lazy":
         return lazy_adam(rate, c.b1, c.b2, c.eps, c.weight_decay, c.clip_norm)
     clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
-    return optax.chain(clip, optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay))
+    adamw = optax.chain(
+        scale_by_adam(c.b1, c.b2, c.eps),
+        optax.add_decayed_weights(c.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    return optax.chain(clip, adamw)
 
 
 def matrix_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:

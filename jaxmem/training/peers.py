@@ -25,7 +25,7 @@ JOIN_SECONDS = "JAXMEM_JOIN_SECONDS"
 """Environment variable: how long to wait for the other processes at the start; 60 if not set."""
 BEAT_S, LOST_S, SUSPECTED_S = 1.0, 30.0, 6.0
 """Between signs of life; without one, how long until a process counts as lost, also when an exchange has failed already."""
-_HEARTBEAT_S = 50  # JAX's own, which aborts: later than ours
+_HEARTBEAT_S = 100  # of JAX, which aborts: later than ours
 _SHUTDOWN_S = 3600  # the first process writes the report while the others wait
 _KEYS = "jaxmem/peers"
 _EXCHANGE_FAILED = re.compile(
@@ -182,7 +182,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 
 def together(run: Callable[[], int]) -> int:
-    """The exit code of `run`; in a run of several processes where it is not 0, the others are told, and this does not return."""
+    """The exit code of `run`; where there are several processes and it is not 0, tells the others, and does not return."""
     try:
         code = run()
     except BaseException as error:
@@ -223,7 +223,8 @@ def _why_aborted(text: str, wait_s: int) -> str | None:
     after = f"start all of them, or set {JOIN_SECONDS} to wait longer"
     if "DEADLINE_EXCEEDED" not in text and "UNAVAILABLE" not in text:
         found = re.search(r"absl::Status: (.*)", text)
-        return f"{needs}, got {found[1] if found else 'an error'} from the coordinator at {state.coordinator_address}; {after}"
+        reason = found[1] if found else "an error"
+        return f"{needs}, got {reason} from the coordinator at {state.coordinator_address}; {after}"
     if state.process_id and not _answers(state.coordinator_address):
         return f"{needs}, got no answer from the coordinator at {state.coordinator_address} (process 0); {after}"
     return f"{needs}, got fewer at the coordinator at {state.coordinator_address}; {after}"

@@ -18,7 +18,7 @@ from jaxmem.training.optimizer import OptimizerConfig, rate_of
 
 FIELDS = ("on_new_steps", "continued")
 """Fields of an `OptimizerConfig` that say what to do here, and may differ from those of the run that is resumed."""
-SAME = 1e-3
+SAME = 5e-3
 """Rates nearer to each other than this part of them are told as the same."""
 
 
@@ -41,20 +41,20 @@ def resumed(config: TrainConfig, saved: Mapping[str, Any], step: int) -> tuple[T
 def continued(
     after: OptimizerConfig, steps: int, before: OptimizerConfig, until_now: int, step: int
 ) -> OptimizerConfig:
-    """`after` with the steps at which the run was continued, the present one included if it is one.
+    """`after` with the rate that the run goes on from, if it goes on from one.
 
     The same number of steps changes nothing. In warm-up there is nothing reached to go on from: the new schedule is taken.
 
-    >>> config = OptimizerConfig(on_new_steps="continue")
-    >>> continued(config, 200, config, 100, step=100).continued, continued(config, 100, config, 100, step=60).continued
-    (((100, 100),), ())
+    >>> config = OptimizerConfig(on_new_steps="continue", final_fraction=0.5)
+    >>> continued(config, 200, config, 100, step=110).continued, continued(config, 100, config, 100, step=60).continued
+    ((110, 0.5), None)
     """
     if steps == until_now:
         return dataclasses.replace(after, continued=before.continued)
     if after.on_new_steps == "restate" or step < max(1, before.warmup_steps):
-        return dataclasses.replace(after, continued=())
-    earlier = tuple(leg for leg in before.continued if leg[0] < step)
-    return dataclasses.replace(after, continued=(*earlier, (step, until_now)))
+        return dataclasses.replace(after, continued=None)
+    reached = rate_of(before, until_now, step - 1) / before.learning_rate
+    return dataclasses.replace(after, continued=(step, reached))
 
 
 def describe(after: OptimizerConfig, steps: int, before: OptimizerConfig, until_now: int, step: int) -> str | None:
@@ -66,34 +66,37 @@ def describe(after: OptimizerConfig, steps: int, before: OptimizerConfig, until_
     """
     if not step or step >= steps:
         return None
-    last, as_planned, new = (
-        rate_of(before, until_now, step - 1),
-        rate_of(before, until_now, step),
-        rate_of(after, steps, step),
-    )
-    if steps == until_now and math.isclose(new, as_planned, rel_tol=SAME):
+    last, new = rate_of(before, until_now, step - 1), rate_of(after, steps, step)
+    as_planned = rate_of(before, until_now, step)
+    if steps == until_now and _same(new, as_planned):
         return None
+    goes_on = steps != until_now and after.continued is not None
     said = f"learning rate: {last:.3g} in step {step}, the last one made, and {new:.3g} in step {step + 1}"
-    jumps = last > 0 and not math.isclose(new, as_planned, rel_tol=SAME)
+    jumps = last > 0 and not _same(new, last if goes_on else as_planned)
     said += f", {new / last:.2g} times as high" if jumps else ""
     if steps == until_now:
         return f"{said}: optimizer.learning_rate or its schedule was changed"
-    if len(after.continued) > 0 and after.continued[-1][0] == step:
-        return f"{said}: it goes on from the rate reached, {_ahead(after, steps, step)}"
+    if goes_on:
+        return f"{said}: it goes on from what was reached, {_ahead(after, steps, step)}"
     said += f": the schedule is that of a run of {steps} steps now, not {until_now}, {_ahead(after, steps, step)}"
-    if jumps and after.on_new_steps == "restate":
-        choice = dataclasses.replace(after, on_new_steps="continue")
-        other = continued(choice, steps, before, until_now, step)
-        said += (
-            f"; --optimizer.on-new-steps continue goes on from the rate reached instead, {_ahead(other, steps, step)}"
-        )
+    if not jumps or after.on_new_steps == "continue":
+        return said
+    choice = continued(dataclasses.replace(after, on_new_steps="continue"), steps, before, until_now, step)
+    said += f"; --optimizer.on-new-steps continue goes on from the rate reached instead, {_ahead(choice, steps, step)}"
+    begun = until_now - max(1, round(before.decay_fraction * until_now))
+    if before.schedule == "wsd" and before.continued is None and begun < step:
+        said += f"; --from-step takes a checkpoint of step {begun} or before, where the decay had not begun"
     return said
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=SAME)
 
 
 def _ahead(config: OptimizerConfig, steps: int, step: int) -> str:
     """What lies ahead."""
     end, now = rate_of(config, steps, steps), rate_of(config, steps, step)
-    if math.isclose(end, now, rel_tol=SAME):
+    if _same(end, now):
         return f"and stays at {now:.3g} to the end"
     if config.schedule != "wsd":
         return f"and falls to {end:.3g} at the end"

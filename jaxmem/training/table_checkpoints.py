@@ -21,6 +21,7 @@ from flax import nnx
 
 from jaxmem.checkpoints import RowArray, TableStore
 from jaxmem.checkpoints.table_steps import rows_on_host
+from jaxmem.checkpoints.table_versions import MANIFEST
 from jaxmem.training.lazy_adam import LazyAdamState
 from jaxmem.training.step import TrainState
 from jaxmem.training.tables import TableTraining, by_path, with_arrays
@@ -62,10 +63,12 @@ class TableCheckpoints:
         step = int(state.step)
         for path, layer, arrays in self._arrays(state):
             store = self._store(path, layer) or self._create(path, layer, arrays)
+            if step in store.steps():
+                continue  # this is tried again, as the disk was full when others were written
             touched = state.opt_state[1].touched[path]
             rows = np.flatnonzero(np.asarray(touched[layer] if layer else touched))
             store.write(rows, {name: rows_on_host(array, rows, layer) for name, array in arrays.items()}, step)
-            store.keep([kept for kept in store.steps() if kept in complete or kept == step])
+            store.keep_or_warn([kept for kept in store.steps() if kept in complete or kept == step])
         return self._untouched(state)
 
     def restore(self, rest: dict[str, PyTree], abstract: TrainState) -> TrainState:
@@ -115,14 +118,23 @@ class TableCheckpoints:
 
     def _store(self, path: str, layer: Layer) -> TableStore | None:
         folder = self._folder(path, layer)
-        return TableStore(folder) if folder.exists() and any(folder.iterdir()) else None
+        return self._own(TableStore(folder)) if (folder / MANIFEST).exists() else None
+
+    def _own(self, store: TableStore) -> TableStore:
+        if store.label not in ("", store.directory.name):
+            raise ValueError(
+                f"table {store.directory}: needs the rows of {store.directory.name}, got those of {store.label}; "
+                "rename the folders back"
+            )
+        return store
 
     def _needed(self, path: str, layer: Layer) -> TableStore:
         return self._store(path, layer) or TableStore(self._folder(path, layer))  # which says that there is none
 
     def _create(self, path: str, layer: Layer, arrays: dict[str, Array]) -> TableStore:
         kinds = {name: RowArray(array.shape[-1], str(array.dtype)) for name, array in arrays.items()}
-        return TableStore.create(self._folder(path, layer), arrays["values"].shape[-2], kinds)
+        label = self._folder(path, layer).name
+        return TableStore.create(self._folder(path, layer), arrays["values"].shape[-2], kinds, label)
 
     def _load(self, path: str, name: str, step: int, like: jax.ShapeDtypeStruct) -> Array:
         """Each device's part is read for it alone."""

@@ -5,6 +5,8 @@ Slow: every process compiles its own step.
 
 import dataclasses
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -51,6 +53,7 @@ class Group:
     """Processes of one device each that train the tiny experiment together.
 
     Args:
+      work: where they are started, or where each of them is.
       options: for all of them.
       own: further options by process.
       environment: further variables by process.
@@ -58,7 +61,7 @@ class Group:
 
     def __init__(
         self,
-        work: Path,
+        work: Path | list[Path],
         out: str,
         options: tuple[str, ...] = (*OPTIONS, *ON_MESH),
         n: int = 2,
@@ -72,7 +75,7 @@ class Group:
         self.processes = [
             subprocess.Popen(
                 [*command, *together, str(index), *(own or {}).get(index, ())],
-                cwd=work,
+                cwd=work[index] if isinstance(work, list) else work,
                 env=ALONE | (environment or {}).get(index, {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -170,3 +173,92 @@ def test_what_two_processes_made_is_read_by_one_but_goes_on_with_two(work, whole
     config = dataclasses.replace(loaded.config, steps=STEPS + 1, mesh=MeshConfig(data=2, fsdp=2, model=2))
     with pytest.raises(ValueError, match="needs the 2 processes that read the data before, got 1; start as many"):
         train(config, whole, resume=True)
+
+
+# Processes that differ, and processes that end
+
+
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        (
+            ("--seed", "3"),
+            "needs the same on all 2 processes, got config.seed: 0 on process 0 and 3 on process 1; start",
+        ),
+        (
+            ("--data.train", "other"),
+            "got training data: '[0-9a-f]+' on process 0 and '[0-9a-f]+' on process 1; held-out",
+        ),
+        (("--nonsense", "3"), "needs all 2 processes, got process 1 that has ended: its options cannot be read"),
+    ],
+    ids=["seed", "text", "option"],
+)
+def test_processes_that_differ_end_with_the_difference(work, own, said):
+    """The text is another behind the same path: each process is started where its own is."""
+    places = [work, work]
+    if "other" in own:
+        places[1] = work / "elsewhere"
+        (places[1] / "text").mkdir(parents=True)
+        for path in (work / "text").iterdir():
+            (places[1] / "text" / path.name).write_bytes(path.read_bytes()[:-1])
+        own = ()
+    began = time.monotonic()
+    group = Group(places, str(work / "differing"), own={1: own})
+    sentences = [process.communicate(timeout=PATIENCE_S)[1] for process in group.processes]
+    assert [process.returncode for process in group.processes] == [2, 2], sentences
+    assert time.monotonic() - began < TOLD_S
+    assert re.search(said, sentences[0]) and sentences[0].count("\n") == 1
+    assert "cannot be read" in said or sentences[0] == sentences[1]
+    assert not complete_steps(work / "differing" / "checkpoints")
+
+
+def test_an_experiment_may_ask_for_devices(work):
+    asks = work / "asks.py"
+    asks.write_text(f"import jax\nassert jax.device_count() == 2\n{TINY.read_text()}")
+    printed = Group(work, "asks", ("--steps", "2", "--eval-every-steps", "2", *ON_MESH), file=asks).finish()
+    assert "step 2/2" in printed[0]
+
+
+def kill_one(work: Path, out: str, n: int, victim: int, number: signal.Signals) -> float:
+    """Seconds until the others of n processes had ended, one of them killed (or stopped, as by a frozen machine)."""
+    run_dir = work / out
+    group = Group(work, out, ("--steps", "10000", *OPTIONS[2:], "--data.batch-size", "12", "--accumulate", "1"), n=n)
+    written = lambda: (run_dir / "metrics.jsonl").stat().st_mtime_ns if (run_dir / "metrics.jsonl").exists() else 0
+    before = written()
+    group.wait_until(lambda: complete_steps(run_dir / "checkpoints") and written() != before)
+    group.processes[victim].send_signal(number)
+    began = time.monotonic()
+    for index, process in enumerate(group.processes):
+        if index != victim:
+            process.wait(PATIENCE_S)
+    took_s = time.monotonic() - began
+    group.processes[victim].kill()
+    for sentence in group.fail(1, killed=(victim,)):
+        assert re.match(f"jaxmem: train: needs all {n} processes, lost (process {victim}|one of them)", sentence), (
+            sentence
+        )
+        assert sentence.endswith("start all of them again with --resume, which goes on from the newest checkpoint")
+    assert took_s < TOLD_S
+    return took_s
+
+
+@pytest.mark.parametrize(
+    "n, victim, number", [(3, 2, signal.SIGKILL), (2, 1, signal.SIGSTOP)], ids=["last-of-three", "frozen"]
+)
+def test_the_others_end_when_one_is_gone(work, n, victim, number):
+    kill_one(work, f"lost-{n}", n, victim, number)
+
+
+def test_a_storm_of_killed_processes(work):
+    """JAXMEM_PEER_KILLS=10 is the full proof: now one of two, now the other; what is left is gone on with."""
+    chance, took_s = random.Random(PEER_KILLS), []
+    for kill in range(PEER_KILLS):
+        took_s.append(kill_one(work, "storm", 2, (kill + 1) % 2, signal.SIGKILL))
+        time.sleep(chance.random())
+    step = complete_steps(work / "storm" / "checkpoints")[-1]
+    last = ("--steps", str(step + 4), *OPTIONS[2:], "--data.batch-size", "12", "--accumulate", "1")
+    printed, _ = Group(work, "storm", last).finish()
+    assert f"resumed from the checkpoint of step {step}" in printed
+    print(
+        f"\n{PEER_KILLS} kills of one of two processes: the other ended within {', '.join(f'{s:.0f}' for s in took_s)} s"
+    )
