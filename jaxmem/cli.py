@@ -1,15 +1,20 @@
 """The command `jaxmem`: arguments and printing only. Heavy packages are imported by the command that needs them."""
 
+import contextlib
+import difflib
+import inspect
 import logging
 import os
+import shlex
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
-from tyro.conf import Positional, arg
+from jaxmem import __version__, arguments, output
+from jaxmem.fields import Bounds, Count, Natural, NonNegative, Seed
 
 TRACEBACK = "JAXMEM_TRACEBACK"
 """Environment variable: set it to 1 to see where an error comes from."""
@@ -18,123 +23,170 @@ TRACEBACK = "JAXMEM_TRACEBACK"
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done (or stopped by a signal with all saved), 1 failed, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["train"]:
-        return _run(argv)
-    from jaxmem.training import peers
-
-    return peers.together(lambda: _run(argv))
-
-
-def _run(argv: list[str]) -> int:
+    output.occupy()
     try:
-        commands = {"train": _train_command(argv), "generate": generate, "info": info}
-        commands |= {"plan": _plan_command(argv), "kernels": kernels, "table": table}
-        return tyro.extras.subcommand_cli_from_dict(commands, prog="jaxmem", description=_ABOUT, args=argv) or 0
+        try:
+            if argv[:1] != ["train"]:
+                return _told(argv)
+            from jaxmem.training import peers
+
+            return peers.together(lambda: _told(argv))
+        finally:
+            output.flush()
+    except (BrokenPipeError, SystemExit) as end:  # `| head` has read enough, which rich makes an exit of
+        if not isinstance(end if isinstance(end, BrokenPipeError) else end.__context__, BrokenPipeError):
+            raise
+        output.abandon()
+        return 0
+
+
+def _told(argv: list[str]) -> int:
+    """The exit code of a command, whose error is one sentence."""
+    try:
+        return _run(argv)
+    except BrokenPipeError:
+        raise
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
         if argv[:1] == ["train"]:
             error = _of_all_processes(error)
-        print(f"jaxmem: {error}", file=sys.stderr)
+        output.complain(f"jaxmem: {error}")
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("jaxmem: interrupted", file=sys.stderr)
+        output.complain("jaxmem: interrupted")
         return 130
 
 
-_ABOUT = f"Sequence models that remember. Set {TRACEBACK}=1 to see where an error comes from."
-
-
-def _train_command(argv: list[str]) -> Callable[..., int]:
-    """The command `train`, whose options are the fields of the experiment's config, with its values as defaults."""
-    from jaxmem.training.experiment import TrainConfig, load_experiment
-
-    path = _experiment_file(argv, "train")
-    if path and not {"-h", "--help"} & set(argv):
-        _find_other_processes(argv)
-
-    def train_file(
-        experiment: Positional[str],
-        config: Annotated[TrainConfig, arg(name="")] = load_experiment(path) if path else tyro.MISSING,
-        out: str | None = None,
-        resume: bool = False,
-        distributed: bool = False,
-        coordinator: str | None = None,
-        processes: int | None = None,
-        process: int | None = None,
-    ) -> int:
-        """Train the model of an experiment file; every field of its config is an option.
-
-        Args:
-            experiment: Python file with a function config(), e.g. experiments/quickstart.py.
-            config: The experiment.
-            out: Folder of the run; runs/NAME if not given, NAME being that of the experiment file.
-            resume: Go on with the run in that folder from its newest checkpoint.
-            distributed: This is one of several processes, in a cluster that JAX knows; find the others first.
-            coordinator: Where process 0 runs, HOST:PORT with a free port, for several processes in no such cluster.
-            processes: With --coordinator: how many there are.
-            process: With --coordinator: which this is, from 0.
-        """
-        from jaxmem.training.loop import train
-
-        if os.environ.get(TRACEBACK) != "1":
-            _quieten_failed_saves()
-        train(config, Path(out) if out else Path("runs") / Path(experiment).stem, resume=resume)
+def _run(argv: list[str]) -> int:
+    name, words = argv[0] if argv else "--help", argv[1:]
+    if name in ("-h", "--help"):
+        print(_about())
         return 0
-
-    def train_nothing(experiment: Positional[str], out: str | None = None, resume: bool = False) -> int:
-        """Train the model of an experiment file; `jaxmem train EXPERIMENT.py --help` lists the options of its config.
-
-        Args:
-            experiment: Python file with a function config(), e.g. experiments/quickstart.py.
-            out: Folder of the run; runs/NAME if not given, NAME being that of the experiment file.
-            resume: Go on with the run in that folder from its newest checkpoint.
-        """
-        raise ValueError(f"train: needs an experiment file that ends in .py, got {experiment!r}; name one")
-
-    return train_file if path else train_nothing
-
-
-def _experiment_file(argv: list[str], command: str) -> str | None:
-    """The Python file among the arguments of a command whose options are the fields of the config that it makes."""
-    return next((word for word in argv[1:] if word.endswith(".py")), None) if argv[:1] == [command] else None
-
-
-def _plan_command(argv: list[str]) -> Callable[..., int]:
-    """The command `plan`, with the options of `train` for its config."""
-    from jaxmem.training.experiment import TrainConfig, load_experiment
-
-    path = _experiment_file(argv, "plan")
-
-    def plan(
-        experiment: Positional[str],
-        tpu: str,
-        config: Annotated[TrainConfig, arg(name="")] = load_experiment(path) if path else tyro.MISSING,
-    ) -> int:
-        """Compile the training step of an experiment for TPUs that are not here (libtpu): memory, exchanges, arithmetic.
-
-        Args:
-            experiment: Python file with a function config(), e.g. experiments/long_context.py.
-            tpu: Topology, e.g. v5p:8x8x8.
-            config: The experiment.
-        """
-        from jaxmem.planning.tpu import use_compiler
-        from jaxmem.planning.training_plan import plan
-
-        use_compiler()
-        print(plan(config, tpu))
+    if name == "--version":
+        print(_versions())
         return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        advice = f"did you mean {near[0]}?" if near else "`jaxmem --help` says what they do"
+        raise ValueError(f"command line: needs a command, one of {', '.join(COMMANDS)}, got {name!r}; {advice}")
+    function = COMMANDS[name]
+    asks_for_help = not {"-h", "--help"}.isdisjoint(words)
+    config = _config(name, words, asks_for_help) if function in (train, plan) else None
+    command = arguments.command(name, function, config)
+    if asks_for_help:
+        print(arguments.help_text(command))
+        return 0
+    return arguments.run(command, words) or 0
 
-    def plan_nothing(experiment: Positional[str], tpu: str = "") -> int:
-        """Compile the training step of an experiment for TPUs that are not here; `jaxmem plan EXPERIMENT.py --help`.
 
-        Args:
-            experiment: Python file with a function config(), e.g. experiments/long_context.py.
-            tpu: Topology, e.g. v5p:8x8x8.
-        """
-        raise ValueError(f"plan: needs an experiment file that ends in .py, got {experiment!r}; name one")
+def _config(name: str, words: list[str], asks_for_help: bool) -> Any:
+    """What the experiment file among the words makes; each of its fields is an option."""
+    path = next((word for word in words if word.endswith(".py") and not word.startswith("--")), None)
+    if path is None and asks_for_help:
+        return None
+    if path is None:
+        got = repr(words[0]) if words and not words[0].startswith("--") else "none"
+        raise ValueError(
+            f"{name}: needs an experiment file that ends in .py, got {got}; name one, e.g. experiments/quickstart.py"
+        )
+    if name == "train" and not asks_for_help:
+        _find_other_processes(words)
+    from jaxmem.training.experiment import load_experiment
 
-    return plan if path else plan_nothing
+    return load_experiment(path)
+
+
+def _about() -> str:
+    lines = ["usage: jaxmem COMMAND ...", "       jaxmem COMMAND --help", "       jaxmem --version"]
+    lines += ["", "Sequence models that remember.", ""]
+    for name, function in COMMANDS.items():
+        about = inspect.getdoc(function).splitlines()[0]
+        lines += textwrap.wrap(f"{name:10}{about}", 78, initial_indent="  ", subsequent_indent=" " * 12)
+    return "\n".join([*lines, "", f"Set {TRACEBACK}=1 to see where an error comes from."])
+
+
+def _versions() -> str:
+    """Of all that decides numbers."""
+    found = [f"jaxmem {__version__}", f"Python {sys.version.split()[0]}"]
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "libtpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
+
+
+def train(
+    experiment: str,
+    /,
+    config: Any,
+    out: str | None = None,
+    resume: bool = False,
+    from_step: Natural | None = None,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    processes: Count | None = None,
+    process: Natural | None = None,
+) -> int:
+    """Train the model of an experiment file; every field of its config is an option.
+
+    `jaxmem train EXPERIMENT.py --help` lists them.
+
+    Args:
+        experiment: Python file with a function config(), e.g. experiments/quickstart.py.
+        out: Folder of the run; runs/NAME if not given, NAME being that of the experiment file.
+        resume: Go on with the run in that folder from its newest checkpoint.
+        from_step: With --resume: from this checkpoint instead; later ones are set aside.
+        distributed: This is one of several processes, in a cluster that JAX knows; find the others first.
+        coordinator: Where process 0 runs, HOST:PORT with a free port, for several processes in no such cluster.
+        processes: With --coordinator: how many there are.
+        process: With --coordinator: which this is, from 0.
+    """
+    from jaxmem.training import loop
+
+    if os.environ.get(TRACEBACK) != "1":
+        _quieten_failed_saves()
+    loop.train(
+        config,
+        Path(out) if out else Path("runs") / Path(experiment).stem,
+        resume=resume,
+        from_step=from_step,
+        experiment=experiment,
+        command=_without_resume(sys.argv[1:]),
+    )
+    return 0
+
+
+def _without_resume(argv: list[str]) -> str:
+    """The command line for messages that add --resume and another rate."""
+    kept, words = ["jaxmem"], iter(argv)
+    for word in words:
+        if (name := word.partition("=")[0].replace("_", "-")) in ("--from-step", "--optimizer.learning-rate"):
+            if "=" not in word:
+                next(words, None)
+        elif name not in ("--resume", "--no-resume"):
+            kept.append(word)
+    return shlex.join(kept)
+
+
+def plan(experiment: str, /, config: Any, tpu: str) -> int:
+    """Compile the training step of an experiment for TPUs that are not here (libtpu): memory, exchanges, arithmetic.
+
+    Every field of its config is an option; `jaxmem plan EXPERIMENT.py --help` lists them.
+
+    Args:
+        experiment: Python file with a function config(), e.g. experiments/long_context.py.
+        tpu: Topology, e.g. v5p:8x8x8, or the name of a slice, e.g. v5p-1024 or v5litepod-16.
+    """
+    from jaxmem.planning import training_plan
+    from jaxmem.planning.steps import Steps
+    from jaxmem.planning.tpu import use_compiler
+
+    training_plan.check(config, tpu)
+    use_compiler()
+    with Steps() as steps:
+        told = training_plan.plan(config, tpu, steps.say)
+    print(told)
+    return 0
 
 
 def _find_other_processes(argv: list[str]) -> None:
@@ -178,15 +230,17 @@ def _quieten_failed_saves() -> None:
 
 
 def generate(
-    run: Positional[str],
+    run: str,
+    /,
     prompt: str = "",
-    max_tokens: int = 256,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    capacity: int | None = None,
-    step: int | None = None,
+    max_tokens: Count = 256,
+    temperature: NonNegative = 0.8,
+    top_k: Count | None = None,
+    top_p: Annotated[float, Bounds("(0, 1]")] | None = None,
+    seed: Seed = 0,
+    capacity: Count | None = None,
+    step: Natural | None = None,
+    import_: tuple[str, ...] = (),
 ) -> int:
     """Let a trained model continue a prompt; the text goes to standard output as it is made.
 
@@ -200,6 +254,7 @@ def generate(
         seed: Of the sampling.
         capacity: Tokens that growing caches hold; prompt and text together if not given.
         step: Checkpoint to use; the newest if not given.
+        import_: Python files to run first, which define classes of the run's model that are not jaxmem's, e.g. RUN/code/x.py.
     """
     from jaxmem.models.generation import generate_text
     from jaxmem.models.sampling import SamplingConfig
@@ -208,9 +263,9 @@ def generate(
     if os.environ.get(TRACEBACK) != "1":
         _quieten_failed_saves()  # nor of a checkpoint that a training run drops while it is read
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    loaded = load_run(run, step)
+    loaded = load_run(run, step, import_)
     for note in loaded.notes:
-        print(f"passed over: {note}", file=sys.stderr)
+        output.complain(note)
     text = generate_text(
         loaded.model,
         loaded.tokenizer,
@@ -223,11 +278,11 @@ def generate(
     print(prompt, end="", flush=True)
     for piece in text:
         print(piece, end="", flush=True)
-    print(f"\n{text.statistics}", file=sys.stderr)
+    output.complain(f"\n{text.statistics}")
     return 0
 
 
-def info(model: Positional[str], context: int = 2048) -> int:
+def info(model: str, /, context: Count = 2048) -> int:
     """Print what a model costs: parameters by part, state bytes per sequence, FLOPs per token.
 
     Args:
@@ -248,9 +303,9 @@ def info(model: Positional[str], context: int = 2048) -> int:
 def kernels(
     tpu: tuple[str, ...] = (),
     gpu: tuple[str, ...] = (),
-    tokens: int = 8192,
-    heads: int = 8,
-    width: int = 128,
+    tokens: Count = 8192,
+    heads: Count = 8,
+    width: Count = 128,
 ) -> int:
     """What compilers on this machine make of the attention kernels, for accelerators that need not be here.
 
@@ -264,28 +319,33 @@ def kernels(
         heads: Of queries, keys and values, on TPUs.
         width: Of a head, on TPUs.
     """
-    if gpu:
-        from jaxmem.planning import gpu_report
+    from jaxmem.planning.steps import Steps
 
-        for chip in gpu:
-            print(gpu_report.report(chip, tokens), flush=True)
-    if tpu or not gpu:
-        from jaxmem.planning import kernel_report
+    with Steps() as steps:
+        if gpu:
+            from jaxmem.planning import gpu_report
 
-        for generation in tpu or ("v5p", "v6e", "tpu7x"):
-            for line in kernel_report.report(generation, kernel_report.Problem(heads, tokens, width)):
-                print(line, flush=True)
+            for chip in gpu:
+                steps.show(gpu_report.report(chip, tokens, steps.say))
+        if tpu or not gpu:
+            from jaxmem.planning import kernel_report
+
+            for generation in tpu or ("v5p", "v6e", "tpu7x"):
+                problem = kernel_report.Problem(heads, tokens, width)
+                for line in kernel_report.report(generation, problem, steps.say):
+                    steps.show(line)
     return 0
 
 
 def table(
-    action: Positional[Literal["info", "create", "grow"]],
-    directory: Positional[str],
-    rows: int | None = None,
-    width: int | None = None,
-    input_width: int | None = None,
+    action: Literal["info", "create", "grow"],
+    directory: str,
+    /,
+    rows: Count | None = None,
+    width: Count | None = None,
+    input_width: Count | None = None,
     dtype: str = "float32",
-    seed: int = 0,
+    seed: Seed = 0,
     moments: bool = False,
 ) -> int:
     """A table of memory rows on disk: what is in it, a new one, or more rows; nothing of these reads or writes a row.
@@ -317,6 +377,9 @@ def table(
         store.grow(rows)
     print(store.info())
     return 0
+
+
+COMMANDS = {"train": train, "generate": generate, "info": info, "plan": plan, "kernels": kernels, "table": table}
 
 
 if __name__ == "__main__":

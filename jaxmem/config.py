@@ -1,13 +1,28 @@
 """Configs as JSON: frozen dataclasses out and in, so that a run's folder says exactly what was run.
 
-Every dataclass is written as an object with its qualified name under "type"; reading needs that class to be importable
-from jaxmem or from a module that the program has imported already.
+Every dataclass is written as an object with its qualified name under "type". Reading takes classes from jaxmem and from
+modules that the program has imported already; it imports no others, since a file may come from anywhere.
 """
 
 import dataclasses
 import importlib
+import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+
+class UnknownClass(ValueError):
+    """A config names a class that is neither in jaxmem nor in a module that was imported."""
+
+    def __init__(self, name: str):
+        super().__init__(
+            f"config: needs the name of a config class, got {name!r}; import the module that defines it first, "
+            "or use the version of jaxmem that wrote the file"
+        )
+        self.name = name
 
 
 def to_json(config: Any) -> Any:
@@ -18,6 +33,10 @@ def to_json(config: Any) -> Any:
     {'type': 'jaxmem.sharding.attention.Scheme', 'keys': 'ring', 'ulysses': 2}
     """
     if dataclasses.is_dataclass(config):
+        if "<locals>" in type(config).__qualname__:
+            raise ValueError(
+                f"config: needs classes that a file can name, got {type(config).__qualname__}; move it out of the function"
+            )
         fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"type": f"{type(config).__module__}.{type(config).__qualname__}"} | fields
     if isinstance(config, tuple | list):
@@ -27,23 +46,55 @@ def to_json(config: Any) -> Any:
     raise ValueError(f"config: needs plain values, tuples and dataclasses, got {config!r}; change that field's type")
 
 
-def from_json(data: Any) -> Any:
+def from_json(data: Any, own: Sequence[ModuleType] = ()) -> Any:
     """The config that `to_json` wrote; lists come back as tuples.
 
-    Raises: ValueError for a class that cannot be found, fields that it does not have, and fields that it needs.
+    Args:
+      own: modules in which to look for classes that are not where they were, as in a file that has another name now.
+
+    Raises:
+      UnknownClass: a class that cannot be found.
+      ValueError: fields that a class does not have, that it needs, or whose values it does not take.
     """
     if isinstance(data, list):
-        return tuple(from_json(item) for item in data)
+        return tuple(from_json(item, own) for item in data)
     if not isinstance(data, dict):
         return data
-    cls = _find_class(data.get("type", "(nothing)"))
-    fields = {name: from_json(value) for name, value in data.items() if name != "type"}
+    cls = _find_class(data.get("type", "(nothing)"), own)
+    fields = {name: from_json(value, own) for name, value in data.items() if name != "type"}
     known = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := fields.keys() - known.keys():
         raise ValueError(f"config: needs fields of {cls.__name__}, got {', '.join(sorted(unknown))}; {_OTHER_VERSION}")
     if missing := [name for name, f in known.items() if _is_required(f) and name not in fields]:
         raise ValueError(f"config: needs values for {', '.join(missing)} of {cls.__name__}, got none; {_OTHER_VERSION}")
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except (TypeError, AttributeError) as error:  # a text where its checks need a number
+        raise ValueError(
+            f"config: needs values that {cls.__name__} takes, got some that it does not ({error}); the file was changed"
+        ) from error
+
+
+def read_json_object(path: Path, advice: str) -> dict[str, Any]:
+    """What a file holds that must be a JSON object.
+
+    Args:
+      advice: what to do if it is none.
+
+    Raises: ValueError, with the name of the file, for one that is missing, empty, cut, or holds something else.
+    """
+    try:
+        raw = path.read_bytes()
+        data = json.loads(raw)
+    except OSError as error:
+        got = f"none ({error.strerror})"
+    except (ValueError, RecursionError) as error:
+        got = f"other text ({error})" if raw.strip() else "an empty file"
+    else:
+        if isinstance(data, dict):
+            return data
+        got = f"a {type(data).__name__}"
+    raise ValueError(f"run: needs a JSON object in {path}, got {got}; {advice}")
 
 
 _OTHER_VERSION = "the file was written by another version of jaxmem, use that one"
@@ -53,19 +104,23 @@ def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _find_class(name: str) -> type:
-    module_name, _, class_name = name.rpartition(".")
-    if module_name == "jaxmem" or module_name.startswith("jaxmem."):
+def _find_class(name: Any, own: Sequence[ModuleType]) -> type:
+    """`name` is "module.Class" or "module.Outer.Inner", the module itself of one part or more."""
+    parts = name.split(".") if isinstance(name, str) else [""]
+    for n in range(len(parts) - 1, 0, -1):
+        for module in (_module(".".join(parts[:n])), *own):
+            found = module
+            for part in parts[n:]:
+                found = getattr(found, part, None)
+            if isinstance(found, type) and dataclasses.is_dataclass(found):
+                return found
+    raise UnknownClass(str(name))
+
+
+def _module(name: str) -> ModuleType | None:
+    if name == "jaxmem" or name.startswith("jaxmem."):
         try:
-            module = importlib.import_module(module_name)
+            return importlib.import_module(name)
         except ModuleNotFoundError:
-            module = None
-    else:
-        module = sys.modules.get(module_name)
-    cls = getattr(module, class_name, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ValueError(
-            f"config: needs the name of a config class, got {name!r}; import the module that defines it first, "
-            "or use the version of jaxmem that wrote the file"
-        )
-    return cls
+            return None
+    return sys.modules.get(name)

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels.flash_attention import dropout, flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place
+
+TRITON = "__gpu$xla.gpu.triton"
+CUDNN = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+"""Calls in programs for GPUs."""
 
 B, T = 2, 37
 ROWS = {
@@ -150,7 +155,19 @@ def on_fake_tpu(**parameters):
     """Runs the kernels of TPUs on CPU devices, with races detected."""
     pltpu.reset_tpu_interpret_mode_state()
     parameters = {"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "raise"} | parameters
+    if (
+        "on_race" in pltpu.InterpretParams.__dataclass_fields__
+    ):  # from jax 0.11 on: as before, `races_found` tells of them
+        parameters = {"on_race": "warn"} | parameters
     return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**parameters))
+
+
+def lowered_for_a_gpu(f, *arrays) -> str:
+    """The program of a jitted function for an NVIDIA GPU that is not here; newer versions of Triton ask a mesh for it."""
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON, *CUDNN)]
+    gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
+        return jax.export.export(f, platforms=["cuda"], disabled_checks=checks)(*arrays).mlir_module()
 
 
 def races_found() -> bool:

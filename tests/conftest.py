@@ -1,5 +1,6 @@
 """Eight fake devices for every test, and every annotated shape checked."""
 
+import ctypes
 import gc
 import itertools
 import os
@@ -31,8 +32,13 @@ jaxtyping.install_import_hook(
 collect_ignore_glob = ["golden/*"]  # scripts that make golden arrays need torch, the tests do not
 
 
-SHARING = ("test_loop.py", "test_generation.py", "test_decoder.py")
-"""Files whose tests share a trained run or compiled programs."""
+SHARING = {
+    "test_loop.py": "runs",
+    "test_resume.py": "runs",
+    "test_generation.py": "generation",
+    "test_decoder.py": "decoder",
+}
+"""Files whose tests share a trained run or compiled programs, and a word for what they share."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -42,23 +48,66 @@ def pytest_collection_modifyitems(items):
         if item.path.name == "test_laws.py" and "name" in item.callspec.params:
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["name"]))
         elif item.path.name in SHARING:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            item.add_marker(pytest.mark.xdist_group(SHARING[item.path.name]))
 
 
-MAPS = Path("/proc/self/maps")
+MAPS, STATUS = Path("/proc/self/maps"), Path("/proc/self/status")
 MANY_MAPS = 25_000
 """Of the 65,530 memory maps that Linux allows a process; at the limit, XLA's compiler dies of a segmentation fault."""
+MOST_MIB = int(os.environ.get("TEST_MEMORY_MIB", 2048))
+"""That a process of the tests may hold at its peak; more fails the session."""
+MUCH_MIB = 1024
+"""Above it, compiled programs are dropped."""
 
 _tests_done = itertools.count(1)
+_peaks: dict[str, int] = {}
 
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """Drops compiled programs, each of which holds some maps for as long as JAX remembers it, when there are too many."""
+    """Drops compiled programs, each of which holds memory and maps as long as JAX remembers it, when there is too much."""
     yield
-    if next(_tests_done) % 4 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+    if next(_tests_done) % 4 == 0 and (memory_mib("VmRSS") > MUCH_MIB or n_maps() > MANY_MAPS):
         jax.clear_caches()
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def n_maps() -> int:
+    """Memory maps of this process; 0 where no system tells."""
+    return MAPS.read_bytes().count(b"\n") if MAPS.exists() else 0
+
+
+def memory_mib(kind: str) -> int:
+    """Of this process, in MiB: VmRSS, what it holds, or VmHWM, the most that it held; 0 where no system tells."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith(f"{kind}:")), 0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist sends a worker's output
+def pytest_sessionfinish(session):
+    """A session whose processes needed too much memory fails."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak_mib"] = memory_mib("VmHWM")
+        return
+    if not _peaks:
+        _peaks["this process"] = memory_mib("VmHWM")
+    if max(_peaks.values()) > MOST_MIB and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A worker of pytest-xdist has ended."""
+    _peaks[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak_mib", 0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The memory of each process, and that it was too much."""
+    if max(_peaks.values(), default=0) > MOST_MIB:
+        terminalreporter.section("too much memory", red=True)
+    peaks = ", ".join(f"{name} {mib:,} MiB" for name, mib in sorted(_peaks.items()))
+    terminalreporter.write_line(f"peak memory: {peaks}; needs at most {MOST_MIB:,} MiB")
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ def make_batch(seed=0, parts=1):
 
 
 def as_batch(tokens, segments):
-    return shifted({"tokens": tokens, "segment_ids": segments})
+    """A token stands for as many bytes as its number."""
+    return shifted({"tokens": tokens, "segment_ids": segments, "bytes": np.where(segments, tokens, 0)})
 
 
 @cache

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmem import cli
+import jaxmem
+from jaxmem import arguments, cli
 from jaxmem.checkpoints import CheckpointStore
 from jaxmem.config import to_json
 from jaxmem.layers.attention import AttentionConfig
@@ -65,7 +66,7 @@ def run(*words) -> int:
         return end.code
 
 
-def jaxmem(*words, **environment) -> subprocess.CompletedProcess:
+def in_process(*words, **environment) -> subprocess.CompletedProcess:
     """A command as a process of its own, on one device."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | environment
     command = [sys.executable, "-m", "jaxmem.cli", *words]
@@ -79,11 +80,16 @@ def jaxmem(*words, **environment) -> subprocess.CompletedProcess:
         (("train",), ("EXPERIMENT.py --help", "--out", "--resume")),
         (
             ("train", "tiny.py"),
-            ("--steps INT", "--optimizer.learning-rate", "--mesh.fsdp", "--data.batch-size", "--out"),
+            (
+                "--steps  an integer >= 1  [12]",
+                "--optimizer.learning-rate  a number > 0  [0.01]",
+                "--mesh.fsdp",
+                "--out",
+            ),
         ),
         (("generate",), ("--prompt", "--temperature", "--capacity", "Folder of a run")),
         (("info",), ("Name of a preset, or an experiment file", "--context")),
-        (("plan", "tiny.py"), ("--tpu STR", "--mesh.seq", "--mesh.layout", "Topology, e.g. v5p:8x8x8")),
+        (("plan", "tiny.py"), ("--tpu  a string  [needed]", "--mesh.seq", "--mesh.layout", "Topology, e.g. v5p:8x8x8")),
         (("kernels",), ("--tpu", "--gpu", "Of a causal sequence")),
     ],
     ids=" ".join,
@@ -154,7 +160,7 @@ def test_info_makes_no_array(folder):
             "train tiny.py --data.train nowhere",
             "train data: needs an existing folder, .*, got train='nowhere'.*; correct",
         ),
-        ("train tiny.py --steps 0", "TrainConfig: needs steps >= 1, got steps=0; change it"),
+        ("train tiny.py --steps 0", "TrainConfig: needs steps to be an integer >= 1, got steps=0; change it"),
         (
             "train tiny.py --accumulate 3",
             "needs data.batch_size divisible by accumulate, got batch_size=8, accumulate=3",
@@ -196,10 +202,93 @@ def test_a_table_is_made_grown_and_looked_at(folder, capsys):
     assert "needs at least its 2000000000 rows, got n_rows=5; rows are never dropped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["", "trian", "train", "train tiny.py --stepz 3", "info mom-340m --context many"])
-def test_words_that_are_no_command_are_told_with_the_way_to_help(words, folder, capsys):
+def test_help_lists_every_option_within_80_columns(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("train", "tiny.py", "--help") == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    command = arguments.command("train", cli.train, load_experiment("tiny.py"))
+    assert len(command.options) > 70 and [name for name in command.options if f"--{name}" not in printed] == []
+    assert "Adam's decay of the mean of gradients" in printed and "model.pattern.0.inner" in printed
+
+
+def test_a_command_by_itself_is_its_help_and_the_version_is_told(capsys):
+    assert run() == 0
+    assert "  generate  Let a trained model continue a prompt" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert re.match(
+        rf"jaxmem {jaxmem.__version__}, Python 3\.\d+\.\d+, jax {jax.__version__}, ", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    "words, path, value",
+    [
+        ("--steps 1e3", "steps", 1000),
+        ("--steps=7", "steps", 7),
+        ("--optimizer.learning_rate 3e-4", "optimizer.learning_rate", 3e-4),
+        ("--optimizer.clip-norm None", "optimizer.clip_norm", None),
+        ("--optimizer.tables.b2 0.5", "optimizer.tables.b2", 0.5),
+        ("--mesh.data -1", "mesh.data", -1),
+        ("--data.train a b/*.txt --steps 3", "data.train", ("a", "b/*.txt")),
+        ("--data.train", None, "at least one folder"),
+        ("--model.no-tie-embeddings", "model.tie_embeddings", False),
+        ("--model.tie-embeddings=False", "model.tie_embeddings", False),
+        ("--model.pattern.0.inner.key-dim 32", "model.pattern.0.inner.key_dim", 32),
+        ("--model.pattern.1.window None", "model.pattern.1.window", None),
+        ("--mesh.table-columns data fsdp", "mesh.table_columns", ("data", "fsdp")),
+        ("--sample-prompt=--no", "sample_prompt", "--no"),
+    ],
+)
+def test_options_become_fields(words, path, value, folder, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("jaxmem.training.loop.train", lambda config, *_, **__: made.append(config))
+    code = run("train", "tiny.py", *words.split())
+    if path is None:
+        assert code == 2 and value in capsys.readouterr().err
+        return
+    assert code == 0
+    (got,) = made
+    for part in path.split("."):
+        got = got[int(part)] if part.isdecimal() else getattr(got, part)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("trian", "needs a command, one of train, generate, .*, got 'trian'; did you mean train?"),
+        ("train", "train: needs an experiment file that ends in .py, got none; name one"),
+        ("train tiny.py --stepz 3", "train: needs an option that it has, got --stepz; did you mean --steps?"),
+        ("train tiny.py --optimizer.lr 1", "got --optimizer.lr; did you mean --optimizer.learning-rate?"),
+        ("train tiny.py --lr 1", "got --lr; did you mean --optimizer.learning-rate?"),
+        ("train tiny.py --optimizer.tables.lr 1", "did you mean --optimizer.tables.learning-rate?"),
+        ("train tiny.py --batch-size 1", "did you mean --data.batch-size?"),
+        ("train tiny.py --epochs 1", "did you mean --steps?"),
+        ("train tiny.py --model.pattern.2.n-heads 3", "did you mean --model.pattern.1.n-heads?"),
+        ("train tiny.py --zzz", "got --zzz; `jaxmem train EXPERIMENT.py --help` lists them"),
+        (
+            "train tiny.py --model.pattern.1.scheme.keys ring",
+            "to be set in the experiment file, got --model.pattern.1.sch",
+        ),
+        ("train tiny.py --steps", "train: needs a value after --steps, got none; give an integer >= 1"),
+        ("train tiny.py --steps 1.5", "train: needs --steps to be an integer >= 1, got --steps=1.5; change it"),
+        ("train tiny.py --sample-tokens -1", "needs --sample-tokens to be an integer >= 0, got --sample-tokens=-1"),
+        ("train tiny.py --steps 1 --steps 2", "train: needs each option once, got --steps again; leave one out"),
+        ("info", "info: needs MODEL, got none; name of a preset, or an experiment file"),
+        (
+            "info mom-340m --context many",
+            "info: needs --context to be an integer >= 1, got --context='many'; change it",
+        ),
+        ("info mom-340m more", "info: needs options after 'mom-340m', got 'more'; `jaxmem info --help` lists them"),
+        ("table crate x", "needs action to be one of info, create, grow, got action='crate'; did you mean create?"),
+        ("plan tiny.py", "plan: needs --tpu, got none; topology, e.g. v5p:8x8x8"),
+    ],
+)
+def test_words_that_are_no_command_are_one_sentence(words, told, folder, capsys):
     assert run(*words.split()) == 2
-    assert "--help" in capsys.readouterr().err
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("jaxmem: ") and re.search(told.replace("?", "[?]"), sentence), sentence
 
 
 def test_another_run_in_the_folder(folder, capsys):
@@ -247,16 +336,65 @@ def test_what_cannot_be_generated_is_one_sentence(words, message, written_run, c
     assert sentence.startswith("jaxmem: ") and re.search(message, sentence), sentence
 
 
-def test_a_vocabulary_that_does_not_match_the_checkpoint(written_run, capfd):
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (
+            '"vocab_size": 512',
+            "run/config.json is not the checkpoint's, which counts (model.vocab_size: checkpoint 256, ",
+        ),
+        ("", "run: needs a JSON object in run/config.json, got an empty file: the checkpoint's own copy is used"),
+        ("[1, 2", "run: needs a JSON object in run/config.json, got other text (Expecting ',' delimiter: "),
+        ("[1]", "run: needs a JSON object in run/config.json, got a list: the checkpoint's own copy is used"),
+        ("\0\xff", "run: needs a JSON object in run/config.json, got other text ("),
+        (None, "run: needs a JSON object in run/config.json, got none (No such file or directory): "),
+    ],
+    ids=["another vocabulary", "empty", "cut", "a list", "binary", "missing"],
+)
+def test_a_checkpoint_knows_its_model_whatever_config_json_says(text, told, written_run, capsys):
+    file = written_run / "config.json"
+    whole = file.read_text()
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(whole.replace('"vocab_size": 256', text) if "vocab" in text else text)
+    assert run("generate", "run", "--max-tokens", 1) == 0
+    assert capsys.readouterr().err.splitlines()[0].startswith(told)
+    shutil.rmtree(written_run / "checkpoints")
+    if text is not None and "vocab" not in text:
+        assert run("generate", "run") == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert sentence.startswith(f"jaxmem: {told.partition(': the')[0]}") and sentence.endswith(
+            "put it back, or remove it"
+        )
+
+
+def test_a_config_with_text_for_a_number_is_named(written_run, capfd):
     config = json.loads((written_run / "config.json").read_text())
-    config["model"]["vocab_size"] = 512
-    (written_run / "config.json").write_text(json.dumps(config))
-    assert run("generate", "run") == 2
-    (sentence,) = capfd.readouterr().err.splitlines()
-    assert (
-        "2: needs the arrays of this model, got params/embedding/table: checkpoint float32[256, 16], model" in sentence
+    shutil.rmtree(written_run / "checkpoints")
+    for change in ({"steps": "NaN"}, {"type": 7}, {"model": "NaN"}, {"type": "jaxmem.sharding.mesh.MeshConfig"}):
+        (written_run / "config.json").write_text(json.dumps(config | change))
+        assert run("generate", "run") == 2
+        (sentence,) = capfd.readouterr().err.splitlines()
+        assert "run/config.json" in sentence, sentence
+
+
+def test_what_a_reader_no_longer_wants_is_no_error(folder):
+    """As with `| head`: the first write, or the last when the program ends, finds nobody."""
+    for words in (("info", "quickstart"), ("--help",)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "jaxmem.cli", *words]
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+        os.close(writer)
+        assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_command_in_a_message_has_no_place_for_what_it_adds():
+    words = (
+        "train x.py --resume --optimizer.learning_rate=1 --from-step 3 --steps 9 --optimizer.learning-rate 2 --out a b"
     )
-    assert "use the configuration saved in the checkpoint" in sentence
+    assert cli._without_resume(words.split()) == "jaxmem train x.py --steps 9 --out a b"
 
 
 def test_a_failure_is_1_and_ctrl_c_is_130(folder, capsys, monkeypatch):
@@ -287,10 +425,10 @@ def test_processes_that_cannot_find_each_other(folder, capsys, monkeypatch):
 
 
 def test_a_process_says_one_sentence_or_shows_where(folder):
-    told = jaxmem("info", "mom-34m")
+    told = in_process("info", "mom-34m")
     assert (told.returncode, told.stdout) == (2, "")
     assert told.stderr.count("\n") == 1 and told.stderr.startswith("jaxmem: preset: ")
-    shown = jaxmem("info", "mom-34m", **{cli.TRACEBACK: "1"})
+    shown = in_process("info", "mom-34m", **{cli.TRACEBACK: "1"})
     assert shown.returncode == 1
     assert shown.stderr.startswith("Traceback") and told.stderr.removeprefix("jaxmem: ") in shown.stderr
 

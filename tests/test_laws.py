@@ -47,6 +47,7 @@ DELTA = GatedDeltaNetConfig(**SIZES)
 MIXTURE = MixtureOfMemoriesConfig(DELTA)
 RWKV7 = Rwkv7Config(**SIZES, decay_rank=3, strength_rank=3, gate_rank=3)
 MAMBA = MambaConfig(n_channels=6, n_states=3, dt_rank=2, chunk_tokens=8)
+GRIFFIN = GriffinConfig(n_heads=2, head_dim=4, chunk_tokens=8)
 LONGER = {"chunk_tokens": 32}
 # name: (config, what to change in it for the same mixer computed in other chunks)
 MIXERS = {
@@ -62,6 +63,8 @@ MIXERS = {
     "mixture-top-1": (dataclasses.replace(MIXTURE, shared_memory=False, top_k=1), {}),
     "mixture-rwkv7": (MixtureOfMemoriesConfig(RWKV7), {"inner": dataclasses.replace(RWKV7, chunk_tokens=16)}),
     "mixture-mamba": (MixtureOfMemoriesConfig(MAMBA), {"inner": dataclasses.replace(MAMBA, chunk_tokens=16)}),
+    "mixture-griffin": (MixtureOfMemoriesConfig(GRIFFIN), {"inner": dataclasses.replace(GRIFFIN, chunk_tokens=16)}),
+    "mixture-retnet": (MixtureOfMemoriesConfig(RetNetConfig(**SIZES)), {}),
     "linear-attention": (LinearAttentionConfig(**SIZES), LONGER),
     "retnet": (RetNetConfig(**SIZES), LONGER),
     "lightning": (LightningAttentionConfig(**SIZES, layer=1, n_layers=4), LONGER),
@@ -70,7 +73,7 @@ MIXERS = {
     "hgrn": (HgrnConfig(n_channels=6, lower_bound=0.1, chunk_tokens=8), LONGER),
     "hgrn2": (Hgrn2Config(**SIZES), LONGER),
     "mamba2": (Mamba2Config(**(SIZES | {"n_heads": 4}), n_key_heads=2), LONGER),
-    "griffin": (GriffinConfig(n_heads=2, head_dim=4, chunk_tokens=8), LONGER),
+    "griffin": (GRIFFIN, LONGER),
     "state-space": (StateSpaceConfig(n_channels=D, n_states=6, chunk_tokens=8), LONGER),
     "linear-state-space": (LinearStateSpaceConfig(n_channels=D, n_states=6, chunk_tokens=8), LONGER),
     "mixture-state-space": (MixtureOfMemoriesConfig(StateSpaceConfig(n_channels=D, n_states=6, chunk_tokens=8)), {}),
@@ -199,6 +202,16 @@ DOCUMENTS = {
     "packed": CONTINUED + document_ids(1, first=0),
     "padded": np.where(document_ids(2, padded=True) > 0, CONTINUED + document_ids(2, first=0), 0),
 }
+
+
+def names(documents):
+    """Other ids of the same documents, 0, 1, 2, ...: such as rows have seen before, down and up again, and ones that fp32
+    cannot tell apart; the first continues no row."""
+    last = np.maximum(BEFORE.max(axis=1), 1)[:, None]
+    far = np.where(documents % 3 == 2, 2**24 + 1, 2**24)
+    return np.where(documents % 3 == 0, np.where(last == 1, 2, 1), far + 2 * last).astype(np.int32)
+
+
 every_documents = pytest.mark.parametrize("ids", DOCUMENTS.values(), ids=DOCUMENTS)
 
 
@@ -334,6 +347,46 @@ def test_packed_is_separate(name):
 
 
 @every_mixer
+def test_what_documents_are_called_does_not_matter(name):
+    """Ids that come back, fall, are of documents long over or beyond 2^24 are those of new documents, bit by bit."""
+    mixer, documents = sample(name), document_ids(6, first=0)
+    want, got = mixer(ids=NEXT + documents), mixer(ids=names(documents))
+    assert_equal(got._replace(state=want.state), want)
+    cursors = zip(got.state.cursor, want.state.cursor, strict=True)
+    assert_equal(got.state._replace(cursor=want.state.cursor), want.state)
+    assert [np.array_equal(a, b) for a, b in cursors] == [False, True]
+
+
+@every_mixer
+def test_padding_in_front_of_tokens_is_loud_and_alone(name):
+    """NaN in that row, in all that comes later too; other rows are bit by bit the same, and parameters' gradients finite."""
+    mixer, ids, bad = sample(name), DOCUMENTS["packed"], np.isin(np.arange(B), (1, 3, 5))
+    wrong = np.array(ids)
+    wrong[1, :4], wrong[3, 10], wrong[5, 6] = 0, 0, -5
+    of_others = lambda tree: jax.tree.map(lambda a: a[~bad], tree)
+    parts = lambda result: of_others((result.y, result.state, result.d_x, result.d_state))
+    want, got, later = mixer(ids=ids), mixer(ids=wrong), np.full_like(ids, 2 * NEXT + T)
+    for after in (got, mixer(ids=later, state=got.state), mixer(step_by_step, ids=later, state=got.state)):
+        assert np.all(np.isnan(after.y[bad])) and not np.any(np.isnan(after.y[~bad]))
+    assert_equal(parts(got), parts(want))
+    assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves((got.d_parameters, got.d_x[bad])))
+    with pytest.raises(ValueError, match=r"needs segment_ids above 0 .* in row 1; move padding to the end"):
+        mixer.layer(*jax.tree.map(jnp.asarray, (mixer.x, mixer.state)), segment_ids=jnp.asarray(wrong))
+
+
+@every_mixer
+def test_calls_on_nothing(name):
+    """No tokens, or no rows: y of that shape, the state as it was."""
+    mixer = sample(name)
+    x = jnp.asarray(mixer.x)
+    for state in (jax.tree.map(jnp.asarray, mixer.state), None):
+        y, after = mixer.layer(x[:, :0], state, segment_ids=jnp.zeros((B, 0), jnp.int32))
+        assert y.shape == (B, 0, D) and (state is None or after is state)
+    shapes = jax.eval_shape(lambda x: mixer.layer(x, mixer.layer.init_state(0, capacity=CAPACITY)), x[:0])
+    assert shapes[0].shape == (0, T, D) and all(leaf.shape[0] == 0 for leaf in jax.tree.leaves(shapes[1]))
+
+
+@every_mixer
 def test_padding_is_neutral_and_no_state_is_the_empty_state(name):
     """Against a shorter call with nothing but x; what stands in the padding does not matter."""
     mixer, n = sample(name), 17
@@ -426,11 +479,12 @@ def test_sharded_is_unsharded(name, mesh):
             (mixer.parameters, mixer.x, mixer.state, ids, mixer.weight),
             (shardings[0], tokens, shardings[1], rows, (tokens, d_shardings[1])),
         )
-        got = {kind: run(whole, graph, *place(ids)) for kind, ids in DOCUMENTS.items()}
+        documents = DOCUMENTS | {"names": names(document_ids(6, first=0))}
+        got = {kind: run(whole, graph, *place(ids)) for kind, ids in documents.items()}
     wanted = Result(tokens, shardings[1], d_shardings[0], tokens, d_shardings[1])
     where = jax.tree.map(lambda a, sharding: a.sharding.is_equivalent_to(sharding, a.ndim), got["one"], wanted)
     assert all(jax.tree.leaves(where)), where
-    for kind, ids in DOCUMENTS.items():
+    for kind, ids in documents.items():
         assert_close(jax.device_get(got[kind]), mixer(ids=ids))
 
 

@@ -109,6 +109,12 @@ def _load(
         saved = handler.metadata(folder / ARRAYS).tree
         if differences := list(_array_differences(saved, wanted)):
             changes = config_differences(saved_config, run_config) if run_config is not None else []
+            if all(line.startswith("opt_state/") for line in differences) and not _of_model(changes):
+                raise ValueError(
+                    f"checkpoint {folder}: needs an optimiser that keeps of each parameter what is saved of it, got another: "
+                    f"{_first(differences)}; its parameters fit and can be used, but a run goes on with the version of jaxmem "
+                    "and the optimizer that it began with only; use these, or start a new run"
+                )
             raise ValueError(
                 f"checkpoint {folder}: needs the arrays of this model, got {_first(differences)}; "
                 + (f"the configurations differ in {_first(changes)}; " if changes else "")
@@ -220,6 +226,10 @@ def _array_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> I
         before, now = _describe(saved.get(name)), _describe(wanted.get(name))
         if before != now and name.split("/")[0] in tops:
             yield f"{name}: checkpoint {before}, model {now}"
+
+
+def _of_model(changes: list[str]) -> list[str]:
+    return [line for line in changes if line.startswith("model.")]
 
 
 def _describe(array: Any) -> str:

@@ -30,32 +30,27 @@ from jaxmem.checkpoints.reading import (
     named_leaves,
     saved_metrics,
 )
+from jaxmem.fields import Count, Natural, checked
 
 _RETIRED = "retired"
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class CheckpointConfig:
     """When to save and what to keep; a checkpoint stays if it is among the last or among the best.
 
     Raises: ValueError for less than one step or one last checkpoint, and for a negative number of best ones.
     """
 
-    every_steps: int = 1000
-    keep_last: int = 3
-    keep_best: int = 1
+    every_steps: Count = 1000
+    keep_last: Count = 3
+    keep_best: Natural = 1
     """By the lowest metric, of those that have one."""
     checksum_arrays: bool = True
     """Read every file once more for its CRC-32, about a second per GB; if False, only sizes above 1 MiB."""
     tables: Literal["whole", "touched"] = "whole"
     """Memory tables as all else, or of them and their moments only the rows that changed since the checkpoint before."""
-
-    def __post_init__(self):
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"checkpoints: needs {name} of at least {least}, got {name}={value}; raise it")
-        if self.tables not in ("whole", "touched"):
-            raise ValueError(f"checkpoints: needs tables to be whole or touched, got tables={self.tables!r}; change it")
 
 
 @dataclasses.dataclass
@@ -118,6 +113,10 @@ class CheckpointStore:
         """The complete checkpoints, oldest first."""
         return complete_steps(self._directory)
 
+    def describe(self, run_config: Mapping[str, Any]) -> None:
+        """Saves another resolved configuration from now on: that of a run which goes on with other rates, say."""
+        self._run_config = json.loads(json.dumps(run_config))
+
     def save(self, step: int, tree: Any, data_state: Any, metric: float | None = None) -> None:
         """Starts a checkpoint; returns when the arrays are copied, so a train step may donate them next.
 
@@ -170,8 +169,17 @@ class CheckpointStore:
         self.wait()
         restored = load_checkpoint(self._directory, abstract_tree, step, self._run_config)
         if restored.notes:
-            self._set_aside([newer for newer in self.steps() if newer > restored.step])
+            self._set_aside([newer for newer in self.steps() if newer > restored.step], "damaged")
         return restored
+
+    def set_aside_after(self, step: int) -> list[int]:
+        """The steps of later checkpoints, now renamed to `<step>.set-aside`, for a run that goes on from an earlier one."""
+        self.wait()
+        if later := [newer for newer in self.steps() if newer > step]:
+            self._set_aside(later, "set-aside")
+            for newer in later:
+                self._metrics.pop(newer, None)
+        return later
 
     def close(self) -> None:
         """Waits for the last save and releases orbax's threads.
@@ -226,15 +234,15 @@ class CheckpointStore:
                 f"{left}; make room there or name another directory, and resume"
             ) from error
 
-    def _set_aside(self, steps: Sequence[int]) -> None:
-        """Renames damaged checkpoints to `<step>.damaged`, so that their steps can be saved again."""
-        ocp.multihost.sync_global_processes("jaxmem: all processes have passed over the damaged checkpoints")
+    def _set_aside(self, steps: Sequence[int], why: str) -> None:
+        """Renames checkpoints to `<step>.<why>`, so that their steps can be saved again."""
+        ocp.multihost.sync_global_processes("jaxmem: all processes have passed over these checkpoints")
         if ocp.multihost.is_primary_host(0):
             for step in steps:
-                copies = len(list(self._directory.glob(f"{step}.damaged*")))
-                name = f"{step}.damaged" + (f".{copies + 1}" if copies else "")
+                copies = len(list(self._directory.glob(f"{step}.{why}*")))
+                name = f"{step}.{why}" + (f".{copies + 1}" if copies else "")
                 (self._directory / str(step)).rename(self._directory / name)
-        ocp.multihost.sync_global_processes("jaxmem: damaged checkpoints are renamed")
+        ocp.multihost.sync_global_processes("jaxmem: these checkpoints are renamed")
         self._manager.reload()
 
 

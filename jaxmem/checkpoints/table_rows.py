@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.fields import Count, Finite, NonNegative, Seed, checked
 from jaxmem.typing import Bool, Float, Int, Shaped
 
 CHUNK_BYTES = 4096
@@ -21,23 +22,22 @@ DTYPES = (*_NEVER_WRITTEN, "int8", "uint8", "int32", "uint32")
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class RowArray:
     """One array of a table.
 
     Raises: ValueError for a width below 1, an unknown dtype, or numbers to be drawn in a dtype of integers.
     """
 
-    width: int
+    width: Count
     dtype: str = "float32"
-    fill: float = 0.0
+    fill: Finite = 0.0
     """What never-written rows read as."""
-    stddev: float | None = None
+    stddev: NonNegative | None = None
     """Of the normal numbers that they read as instead; None: `fill`."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"table: needs a width of at least 1, got width={self.width}; raise it")
         known = DTYPES if self.stddev is None else tuple(_NEVER_WRITTEN)
         if self.dtype not in known:
             drawn = "" if self.stddev is None else " for stddev"

@@ -3,9 +3,9 @@
     o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s   over the tokens s <= t of the same document, t - s < W
 
 with rotary embedding of q and k. The state is a ring of S slots for keys and values: the token of index i in its row
-stands in slot i mod S, and slots are told apart by index and segment, never by order. A call attends over the cache
-and, merged by the log-sum-exp rule of the softmax algebra, over its own tokens; a single token is written first and
-then attends over the cache alone.
+stands in slot i mod S, so the row's length says which token each slot holds, and the cursor which of them are of the document
+that it stands in: the last `position` of them. A call attends over the cache and, merged by the log-sum-exp rule of the
+softmax algebra, over its own tokens; a single token is written first and then attends over the cache alone.
 
 A window of W tokens needs S = W slots for a stream of any length. Full attention needs S >= the length of the longest
 document: the tokens of a document beyond S get NaN under jit, where nothing can be raised, and a ValueError elsewhere.
@@ -25,7 +25,8 @@ from flax import nnx
 
 from jaxmem.algebra.softmax import combine
 from jaxmem.devices import kind_of_device
-from jaxmem.layers.mixer import Cursor, Tokens, advance, init_cursor, place_state
+from jaxmem.fields import Count, Positive, checked
+from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, Tokens, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.rotary import rotary
 from jaxmem.pallas_kernels.flash_attention import Implementation, flash_attention
@@ -35,21 +36,22 @@ from jaxmem.sharding.attention import Scheme, sharded_attention
 from jaxmem.sharding.attention_scheme import Shape, chip_of, choose_scheme
 from jaxmem.sharding.folds import n_shards, sequence_axis, spread, total
 from jaxmem.sharding.layouts import own_tokens
-from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
+from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class AttentionConfig:
     """Causal softmax attention."""
 
-    n_heads: int
-    n_kv_heads: int | None = None
+    n_heads: Count
+    n_kv_heads: Count | None = None
     """Heads of keys and values, each shared by n_heads / n_kv_heads query heads; None is n_heads."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Width of q, k and v per head; None is d_model / n_heads."""
-    window: int | None = None
+    window: Count | None = None
     """Tokens a token sees, itself included; None is all before it."""
-    rope_theta: float | None = 10_000.0
+    rope_theta: Positive | None = 10_000.0
     """Base of the rotary wavelengths; None is no rotary embedding."""
     qk_norm: bool = False
     """RMSNorm of every head of q and k before the rotary embedding."""
@@ -59,13 +61,11 @@ class AttentionConfig:
     """How keys come from other devices where the sequence is split; None is what `choose_scheme` says."""
 
     def __post_init__(self):
-        if self.n_heads < 1 or self.n_heads % self.kv_heads:
+        if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"attention: needs n_heads divisible by n_kv_heads, got n_heads={self.n_heads}, "
                 f"n_kv_heads={self.n_kv_heads}; change one of them"
             )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"attention: needs window >= 1, got window={self.window}; None is full attention")
 
     @property
     def kv_heads(self) -> int:
@@ -109,10 +109,6 @@ class AttentionState(NamedTuple):
     k: Float[Array, "B S G K"]
     """Keys, already turned by their position."""
     v: Float[Array, "B S G K"]
-    index: Int[Array, "B S"]
-    """Order in the row of the token in each slot."""
-    segment: Int[Array, "B S"]
-    """Its segment id; 0 is an empty slot."""
     length: Int[Array, "B"]
     """Tokens of the row seen so far: the index of the next."""
     cursor: Cursor
@@ -124,18 +120,22 @@ _TOKENS = Tokens(*(("batch", "time"),) * 3)
 _STATE = AttentionState(
     k=("batch", None, "kv_heads", "key"),
     v=("batch", None, "kv_heads", "key"),
-    index=("batch", None),
-    segment=("batch", None),
     length=("batch",),
     cursor=Cursor(("batch",), ("batch",)),
 )
 
 
-class Attention(nnx.Module):
-    """The mixer of `AttentionConfig`; see the module docstring."""
+class Attention(SequenceMixer):
+    """The mixer of `AttentionConfig`; see the module docstring.
+
+    `positions` are of the rotary embedding. A document that outgrows the cache raises ValueError outside jit; under jit its
+    tokens beyond come out NaN. A call without a state returns a cache of T tokens (of the window, with one).
+    """
+
+    state_type = AttentionState
 
     def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.d_model = config, d_model
         self.head_dim = config.width(d_model)
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         out_of = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
@@ -147,14 +147,10 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(self.head_dim, axes=("key",), rngs=rngs) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, axes=("key",), rngs=rngs) if config.qk_norm else None
 
-    def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32) -> AttentionState:
-        """The empty cache of `batch` rows.
+    def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> AttentionState:
+        """The empty cache; with a window, that many slots are enough, and None is that.
 
-        Args:
-          capacity: tokens of the longest document; with a window, that many slots are enough, and None is that.
-          dtype: of the cached keys and values.
-
-        Raises: ValueError if full attention is not told its capacity, or capacity < 1.
+        Raises: ValueError if full attention is not told its capacity.
         """
         window = self.config.window
         if capacity is None and window is None:
@@ -162,49 +158,32 @@ class Attention(nnx.Module):
                 "attention: needs a capacity for the cache of full attention, got capacity=None; "
                 "pass the tokens of the longest document to init_state"
             )
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"attention: needs capacity >= 1, got capacity={capacity}; pass the tokens to hold")
         n_slots = min(n for n in (capacity, window) if n is not None)
-
-        kv, slots = (batch, n_slots, self.config.kv_heads, self.head_dim), (batch, n_slots)
+        kv = batch, n_slots, self.config.kv_heads, self.head_dim
         state = AttentionState(
             k=jnp.zeros(kv, dtype),
             v=jnp.zeros(kv, dtype),
-            index=jnp.zeros(slots, jnp.int32),
-            segment=jnp.zeros(slots, jnp.int32),
             length=jnp.zeros(batch, jnp.int32),
             cursor=init_cursor(batch),
         )
         return place_state(state, _STATE)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: AttentionState | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], AttentionState]:
-        """The mixed tokens, 0 for padding, and the cache behind them.
+    def capacity_for(self, n_tokens: int) -> int | None:
+        return None if self.config.window else n_tokens
 
-        Args:
-          state: what the row has seen; None is nothing, and returns a cache of T tokens (of the window, with one).
-          segment_ids: documents, see `jaxmem.layers.mixer`; None continues the document that the state is in.
-          positions: of the rotary embedding; None counts from the start of each document.
+    def capacity_of(self, state: AttentionState) -> int:
+        return state.k.shape[1]
 
-        Raises: ValueError outside jit if a document outgrows the cache; under jit its tokens beyond come out NaN.
-        """
-        fresh = state is None
-        if fresh:
-            state = self.init_state(x.shape[0], capacity=None if self.config.window else x.shape[1], dtype=x.dtype)
-        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
-        limit = None if fresh else _document_limit(state, self.config.window)
+    def mix(self, x: Float[Array, "B T D"], state: AttentionState, call: Call) -> tuple[Array, AttentionState]:
+        tokens = call.tokens
+        limit = None if call.fresh else _document_limit(state, self.config.window)
         if limit is not None:
             _raise_if_outgrown(tokens, limit)
-        q, k, v = self._project(x, tokens.position if positions is None else positions)
-        mix = partial(_mix, config=self.config, fresh=fresh, one_document=fresh and segment_ids is None, limit=limit)
-        o, state = local(mix, (_HEADS, _KV_HEADS, _KV_HEADS, _TOKENS, _STATE), (_HEADS, _STATE))(
-            q, k, v, tokens, state._replace(cursor=cursor)
+        q, k, v = self._project(x, tokens.position if call.positions is None else call.positions)
+        mix = partial(_mix, config=self.config, fresh=call.fresh, one_document=call.one_document, limit=limit)
+        cursors = _STATE.cursor
+        o, state = local(mix, (_HEADS, _KV_HEADS, _KV_HEADS, _TOKENS, _STATE, cursors), (_HEADS, _STATE))(
+            q, k, v, tokens, state, call.cursor
         )
         return einsum("bthv,hvd->btd", o, self.out[...], ("batch", "time", "embed")), state
 
@@ -225,27 +204,34 @@ def _mix(
     v: Float[Array, "B T G K"],
     tokens: Tokens,
     state: AttentionState,
+    cursor: Cursor,
     *,
     config: AttentionConfig,
     fresh: bool,
     one_document: bool,
     limit: int | None,
 ) -> tuple[Float[Array, "B T H K"], AttentionState]:
-    """Attention of new tokens over the cache and themselves, and the cache with them; fresh: the cache is empty;
-    one_document: nor has any row a second one, or padding."""
+    """Attention of new tokens over the cache and themselves, and the cache with them.
+
+    Args: state, cursor: before the call, and behind it; fresh, one_document: see `Call`.
+    """
     n_tokens, axis = q.shape[1], sequence_axis(any_layout=True)
     index = state.length[:, None] + own_tokens(current_rules().layout, n_tokens, axis)
     if limit is not None:
         fits = ((tokens.position < limit) | ~tokens.real)[:, :, None, None]
         q, k, v = (jnp.where(fits, x, 0) for x in (q, k, v))  # NaN of the layer below must not reach tokens that fit
-    written = _write(state, k, v, index, tokens.segment, axis)
-    here, mask = Place(index, tokens.segment), Mask(window=config.window)
-    of_cache = lambda state: flash_attention(
-        q, *spread((state.k, state.v), axis), mask, q_place=here, k_place=spread(Place(state.index, state.segment), axis),
-        implementation=config.implementation,
-    )  # fmt: skip
-    if n_tokens == 1 and not fresh:
-        o = of_cache(written).o
+    written = _write(state, k, v, index, tokens.real, axis)._replace(cursor=cursor)
+    here, mask = Place(index, tokens.document), Mask(window=config.window)
+
+    def of_cache(state: AttentionState, document: Int[Array, "#B 1"] | int):
+        """document: the number of the one that the cursor of this state stands in."""
+        slots = _slots(state)
+        of_it = slots >= (state.length - state.cursor.position)[:, None]
+        k, v, place = spread((state.k, state.v, Place(jnp.maximum(slots, 0), jnp.where(of_it, document, 0))), axis)
+        return flash_attention(q, k, v, mask, q_place=here, k_place=place, implementation=config.implementation)
+
+    if n_tokens == 1 and not fresh and n_shards(axis) == 1:
+        o = of_cache(written, tokens.document).o
     elif one_document and n_shards(axis) == 1:  # known, so that cuDNN may serve
         o = flash_attention(q, k, v, mask, implementation=config.implementation).o
     else:
@@ -253,7 +239,7 @@ def _mix(
             q, k, v, mask, q_place=here, k_place=here, axis=axis, scheme=_scheme(config, q, k, axis),
             implementation=config.implementation,
         )  # fmt: skip
-        o = (mixed if fresh else combine(of_cache(state), mixed)).o
+        o = (mixed if fresh else combine(of_cache(state, 1), mixed)).o
     if limit is not None:
         o = jnp.where(fits, o, jnp.nan)
     return o.astype(q.dtype), written
@@ -276,13 +262,13 @@ def _write(
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
     index: Int[Array, "B T"],
-    segment: Int[Array, "B T"],
+    real: Bool[Array, "B T"],
     axis: str | None,
 ) -> AttentionState:
     """The cache with the last S real tokens of each row in their slots; the others, and padding, go nowhere."""
     n_slots = state.k.shape[1]
-    length = state.length + total(jnp.sum(segment != 0, axis=1, dtype=jnp.int32), axis)
-    kept = (segment != 0) & (index >= length[:, None] - n_slots)
+    length = state.length + total(jnp.sum(real, axis=1, dtype=jnp.int32), axis)
+    kept = real & (index >= length[:, None] - n_slots)
     slot = jnp.where(kept, index % n_slots, n_slots)
 
     @jax.vmap
@@ -293,7 +279,7 @@ def _write(
         place = put
     else:  # every slot is written by one device at most
         written = lambda cache, x: total(put(spread(jnp.zeros_like(cache), axis), x, slot), axis)
-        new = written(state.index, kept) > 0
+        new = _slots(state._replace(length=length)) >= state.length[:, None]
 
         def place(cache: Shaped[Array, "B S *rest"], x: Shaped[Array, "B T *rest"], slot: Int[Array, "B T"]):
             return jnp.where(new.reshape(*new.shape, *(1,) * (cache.ndim - 2)), written(cache, x), cache)
@@ -301,10 +287,14 @@ def _write(
     return state._replace(
         k=place(state.k, k, slot),
         v=place(state.v, v, slot),
-        index=place(state.index, index, slot),
-        segment=place(state.segment, segment, slot),
         length=length,
     )
+
+
+def _slots(state: AttentionState) -> Int[Array, "B S"]:
+    """The index of the token in each slot: the last below the row's length that goes there; negative in an empty one."""
+    n_slots, last = state.k.shape[1], state.length[:, None] - 1
+    return last - (last - jnp.arange(n_slots, dtype=jnp.int32)) % n_slots
 
 
 def _document_limit(state: AttentionState, window: int | None) -> int | None:

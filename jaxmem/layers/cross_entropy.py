@@ -22,10 +22,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmem.layers.embedding import TABLE, TOKENS, own_rows
+from jaxmem.recurrences.documents import known
 from jaxmem.sharding import constrain, local, mesh_axes, stored_like
-from jaxmem.typing import Array, Float, Int
+from jaxmem.typing import Array, Bool, Float, Int
 
 CHUNK_TOKENS = 1024
 """Enough rows that reading the table and adding to dtable once per chunk costs less than the products themselves."""
@@ -58,13 +60,14 @@ def chunked_cross_entropy(
     Args:
       x: what the last layer gives; its dtype is that of the products' inputs.
       table: one row per token of the vocabulary, in fp32.
-      targets: token ids; where the weight is 0 any number will do.
+      targets: token ids; where the weight is 0 any number will do, elsewhere one that is no token makes the sums NaN.
       weights: >= 0 per token, 0 for tokens that do not count; all may be 0, the sums and gradients then are.
       vocab_size: rows of the table that are tokens; the rows after them get no probability. None: all are.
       z_loss: weight of lse^2, which keeps the logits' normaliser near 1; about 1e-4 where it is used.
       chunk_tokens: tokens per device whose logits are alive at once.
 
-    Raises: ValueError for vocab_size outside 1..Vocab, or chunk_tokens < 1.
+    Raises: ValueError for vocab_size outside 1..Vocab, chunk_tokens < 1, and, where values are known, for targets that are no
+      tokens.
 
     Reference (z_loss): Chowdhery et al. 2022, PaLM, arXiv:2204.02311, section 5.
 
@@ -72,9 +75,11 @@ def chunked_cross_entropy(
     >>> bool(jnp.isclose(out.loss_sum / out.weight_sum, jnp.log(8.0)))
     True
     """
+    _require_tokens(targets, vocab_size or table.shape[0], weights)
     logit, lse = target_logit_and_lse(x, table, targets, vocab_size, chunk_tokens)
     weights = constrain(weights.astype(jnp.float32), *TOKENS)
-    nats_sum = jnp.sum(weights * (lse - logit))
+    nats = _of_tokens(lse - logit, targets, vocab_size or table.shape[0], weights != 0)
+    nats_sum = jnp.sum(weights * nats)
     z_sum = jnp.sum(weights * jnp.square(lse))
     return CrossEntropy(nats_sum + z_loss * z_sum, nats_sum, jnp.sum(weights))
 
@@ -87,9 +92,36 @@ def token_nats(
     vocab_size: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Float[Array, "B T"]:
-    """-log softmax(x @ table^T)[target] of every token, in nats, fp32; arguments as of `chunked_cross_entropy`."""
+    """-log softmax(x @ table^T)[target] of every token, in nats, fp32; arguments as of `chunked_cross_entropy`.
+
+    Raises: as `chunked_cross_entropy`; under jit a target that is no token has NaN.
+    """
+    _require_tokens(targets, vocab_size or table.shape[0])
     logit, lse = target_logit_and_lse(x, table, targets, vocab_size, chunk_tokens)
-    return lse - logit
+    return _of_tokens(lse - logit, targets, vocab_size or table.shape[0])
+
+
+def _of_tokens(
+    nats: Float[Array, "B T"], targets: Int[Array, "B T"], n_tokens: int, counts: Bool[Array, "B T"] | bool = True
+) -> Float[Array, "B T"]:
+    """NaN where a target that counts is none of the vocabulary."""
+    is_token = constrain((targets >= 0) & (targets < n_tokens), *TOKENS)
+    return jnp.where(is_token | ~jnp.asarray(counts), nats, jnp.nan)
+
+
+def _require_tokens(targets: Array, n_tokens: int, weights: Array | None = None) -> None:
+    """Raises ValueError for targets outside the vocabulary that count, if their values are known."""
+    known_targets, counted = known(targets), None if weights is None else known(weights)
+    if known_targets is None or (weights is not None and counted is None):
+        return
+    wrong = (known_targets < 0) | (known_targets >= n_tokens)
+    if counted is not None:
+        wrong &= counted != 0
+    if np.any(wrong):
+        raise ValueError(
+            f"cross-entropy: needs targets in 0..{n_tokens - 1}, the vocabulary, got {known_targets[wrong][0]}; give targets "
+            "that do not count a weight of 0, or check that the tokenizer belongs to this model"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -50,8 +50,8 @@ class Embedding(nnx.Module):
     def __call__(self, ids: Int[Array, "B T"], dtype: DTypeLike = jnp.float32) -> Float[Array, "B T D"]:
         """The rows of `ids` in `dtype`.
 
-        Raises: ValueError for an id outside 0 .. vocab_size - 1 if the ids are concrete. Under jit the ids are not
-        known and cannot raise: those inside the table's padding give its unused rows, those outside give zeros.
+        Raises: ValueError for an id outside 0 .. vocab_size - 1 if the ids are concrete. Under jit, where the ids are not
+        known, such an id gives NaN.
         """
         if not isinstance(ids, jax.core.Tracer) and ids.size:
             numbers = np.asarray(ids)  # in NumPy, which sees them while jit is tracing too
@@ -61,7 +61,8 @@ class Embedding(nnx.Module):
                     f"embedding: needs token ids in 0..{self.vocab_size - 1}, got ids={low}..{high}; "
                     "check that the tokenizer belongs to this model"
                 )
-        return lookup(self.table[...], ids, dtype)
+        is_token = constrain((ids >= 0) & (ids < self.vocab_size), *TOKENS)
+        return jnp.where(is_token[..., None], lookup(self.table[...], ids, dtype), jnp.nan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

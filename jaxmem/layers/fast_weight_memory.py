@@ -24,14 +24,15 @@ second. Not compared with other code.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, NonNegative, Positive, checked
 from jaxmem.layers.fast_weight_table import Pairs, Rates, Score, read, write
-from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
+from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.sharding import ROWS, VECTOR, constrain, einsum, local, matrix, param
@@ -41,45 +42,37 @@ from jaxmem.typing import Array, Bool, DTypeLike, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class FastWeightMemoryConfig:
     """One head; sizes as described of the paper's, with widths of our choice."""
 
-    n_slots: int = 512**2
+    n_slots: Count = 512**2
     """n^2."""
-    top_k: int = 8
+    top_k: Count = 8
     """k: slots read per token."""
-    key_dim: int = 512
+    key_dim: Count = 512
     """K: width of a query; a sub-key has K / 2."""
-    value_dim: int = 512
+    value_dim: Count = 512
     """V."""
-    chunk_tokens: int = 512
+    chunk_tokens: Count = 512
     """C: tokens between steps."""
     score: Score = "idw"
-    eps: float = 1e-3
+    eps: Positive = 1e-3
     """Of "idw": squared distances below it count alike."""
     step: Literal["top_k", "mean"] = "top_k"
     """The step of a slot is its gradient times k / reads or 1 / reads. The first writes a target wholly where its k weights
     are equal, and overshoots, up to k times, the more one of them outweighs the others; the second never does."""
-    learning_rate: float = 1.0
+    learning_rate: NonNegative = 1.0
     """Times the step of values."""
-    key_learning_rate: float = 1.0
+    key_learning_rate: NonNegative = 1.0
     """Of sub-keys, on the addressing loss."""
 
     def __post_init__(self):
-        if self.key_dim < 2 or self.key_dim % 2 or self.value_dim < 1 or self.chunk_tokens < 1:
+        if self.key_dim % 2:
             raise ValueError(
-                "FastWeightMemoryConfig: needs an even key_dim, value_dim >= 1 and chunk_tokens >= 1, got "
-                f"key_dim={self.key_dim}, value_dim={self.value_dim}, chunk_tokens={self.chunk_tokens}; change one of them"
+                f"FastWeightMemoryConfig: needs an even key_dim, got key_dim={self.key_dim}; each half has codebooks"
             )
         ProductKeysConfig(self.n_slots, 1, self.top_k, self.key_dim)  # checks n_slots and top_k
-        for name, kind in (("score", Score), ("step", Literal["top_k", "mean"])):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"FastWeightMemoryConfig: needs {name} to be one of {', '.join(get_args(kind))}, "
-                    f"got {name}={getattr(self, name)!r}; change it"
-                )
-        if not self.eps > 0:
-            raise ValueError(f"FastWeightMemoryConfig: needs eps > 0, got eps={self.eps}; use 1e-3")
 
     @property
     def n_sub_keys(self) -> int:
@@ -137,7 +130,7 @@ _STATE = FastWeightState(
 )
 
 
-class FastWeightMemory(nnx.Module):
+class FastWeightMemory(SequenceMixer):
     """The layer of the module docstring; see `mixer` for how it is called.
 
     >>> config = FastWeightMemoryConfig(n_slots=16, top_k=2, key_dim=4, value_dim=6, chunk_tokens=3)
@@ -145,6 +138,8 @@ class FastWeightMemory(nnx.Module):
     >>> y.shape, state.values.shape
     ((1, 5, 8), (1, 16, 6))
     """
+
+    state_type = FastWeightState
 
     def __init__(self, config: FastWeightMemoryConfig, d_model: int, *, rngs: nnx.Rngs):
         """Sub-keys start normal, as normalised queries are; gates at sigmoid(0) on average."""
@@ -161,7 +156,7 @@ class FastWeightMemory(nnx.Module):
         self.out_norm = RMSNorm(config.value_dim, axes=("value",), rngs=rngs)
         self.out = param(rngs, init, (config.value_dim, d_model), ("value", "embed"), matrix())
 
-    def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32) -> FastWeightState:
+    def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> FastWeightState:
         """The empty table; fp32 whatever the dtype."""
         c, half = self.config, self.config.key_dim // 2
         zeros = lambda *shape: jnp.zeros((batch, *shape), jnp.float32)
@@ -170,29 +165,21 @@ class FastWeightMemory(nnx.Module):
         state = FastWeightState(values, moved, pairs, zeros(1, 2, half), zeros(1), init_cursor(batch))
         return place_state(state, _STATE)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: FastWeightState | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], FastWeightState]:
+    def mix(self, x: Float[Array, "B T D"], state: FastWeightState, call: Call) -> tuple[Array, FastWeightState]:
         """Raises: NotImplementedError on a mesh that splits the sequence."""
         if n_shards_of("time") > 1:
             raise NotImplementedError(
                 "fast-weight memory: needs whole sequences on a device, since its chunks run in order, "
                 f"got seq={n_shards_of('time')}; use a mesh with seq=1"
             )
-        state = self.init_state(x.shape[0]) if state is None else state
-        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
+        tokens = call.tokens
         full = x.astype(jnp.float32)
         q = einsum("btd,dpk->btpk", full, self.query[...], (*_TOKENS, None, "key"))
         q = self.query_norm(q.reshape(*q.shape[:2], -1)).reshape(q.shape)
         v = _z_score(einsum("btd,dv->btv", full, self.value[...], (*_TOKENS, "value")))
         gate = einsum("btd,d->bt", full, self.gate[...], _TOKENS) + constrain(self.gate_bias[...], None)
         g = jax.nn.sigmoid(gate)
-        mix = local(
+        run = local(
             self._mix,
             in_axes=(
                 Pairs((*_TOKENS, None, "key"), _TOKENS, (*_TOKENS, "value")),
@@ -202,11 +189,11 @@ class FastWeightMemory(nnx.Module):
             ),
             out_axes=((*_TOKENS, "value"), _STATE[:-1]),
         )
-        places = tokens.position, tokens.starts, tokens.real, cursor.position
-        found, remembered = mix(Pairs(q, g, v), places, constrain(self.keys[...], None, "sub_keys", "key"), state[:-1])
+        places = tokens.position, tokens.starts, tokens.real, call.cursor.position
+        found, remembered = run(Pairs(q, g, v), places, constrain(self.keys[...], None, "sub_keys", "key"), state[:-1])
         o = self.out_norm(g[..., None] * found + (1 - g[..., None]) * v)
-        y = einsum("btv,vd->btd", o, self.out[...], (*_TOKENS, "embed")) * tokens.real[..., None]
-        return y.astype(x.dtype), FastWeightState(*remembered, cursor)
+        y = einsum("btv,vd->btd", o, self.out[...], (*_TOKENS, "embed"))
+        return y, FastWeightState(*remembered, state.cursor)
 
     def _mix(self, new: Pairs, places, learned_keys: Float[Array, "2 n half"], state):
         """What tokens read, and the state behind them, on one device's rows.

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.norm import l2_normalize
 from jaxmem.layers.recurrent import (
@@ -88,15 +89,15 @@ class GatedDeltaNetConfig(DeltaNetConfig):
 class GatedDeltaProductConfig(GatedDeltaNetConfig):
     """Several delta rules per token: a product of as many reflections, which can permute what is held."""
 
-    n_householder: int = 2
+    n_householder: Count = 2
     """Steps per token."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_householder < 1 or self.key_heads != self.n_heads:
+        if self.key_heads != self.n_heads:
             raise ValueError(
-                f"GatedDeltaProductConfig: needs n_householder >= 1 and as many key heads as heads, got "
-                f"n_householder={self.n_householder}, n_key_heads={self.n_key_heads} of n_heads={self.n_heads}; change them"
+                f"GatedDeltaProductConfig: needs as many key heads as heads, got n_key_heads={self.n_key_heads} "
+                f"of n_heads={self.n_heads}; leave n_key_heads out"
             )
 
     @property

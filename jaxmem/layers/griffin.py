@@ -3,7 +3,8 @@
     u = conv(W_x x + b_x) + c;  r = sigmoid(W_r u + b_r), i = sigmoid(W_i u + b_i), W_r and W_i in blocks, one per head
     a = e^{-8 r softplus(lam)};  h = a h + sqrt(1 - a^2) (i * u);  y = W_o (h * gelu(W_y x + b_y)) + b_o
 
-The first token of a document enters unscaled. Cost and state: see `recurrent`; one number per channel.
+The first token of a document enters unscaled; in a mixture, the first that a memory sees. Cost and state: see `recurrent`;
+one number per channel.
 Reference: De et al. 2024, arXiv 2402.19427, section 2.4, with the blocks of the RecurrentGemma checkpoints.
 """
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConfig, in_full
 from jaxmem.recurrences import elementwise
@@ -27,10 +29,10 @@ from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 class GriffinConfig(RecurrentConfig):
     """Heads share nothing but the projections; the gates of a channel see the channels of its head."""
 
-    n_heads: int = 8
-    head_dim: int = 128
-    convolution_width: int = 4
-    chunk_tokens: int = 32
+    n_heads: Count = 8
+    head_dim: Count = 128
+    convolution_width: Natural = 4
+    chunk_tokens: Count = 32
 
     is_elementwise: ClassVar[bool] = True
 
@@ -62,7 +64,7 @@ class GriffinConfig(RecurrentConfig):
         r, i = (jax.nn.sigmoid(of_block(name) + p[f"{name}_bias"]) for name in ("recurrence", "admission"))
         g = -elementwise.GATE_POWER * r * jax.nn.softplus(p["lam"])
         flat = lambda a: a.reshape(*a.shape[:-2], -1)
-        return {"u": flat(u), "g": flat(g), "i": flat(i), "first": x["position"] == 0}
+        return {"u": flat(u), "g": flat(g), "i": flat(i), "first": x["first"]}
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         return elementwise.rg_lru_streams(x["u"], x["g"], x["i"], x["first"], scale=1.0)

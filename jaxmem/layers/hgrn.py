@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Decay, Natural, Positive
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import Arrays, HeadsConfig, Projection, RecurrentConfig
 from jaxmem.recurrences import decay_only, elementwise
@@ -28,17 +29,13 @@ from jaxmem.typing import Array
 class HgrnConfig(RecurrentConfig):
     """One number per channel."""
 
-    n_channels: int = 1024
-    lower_bound: float = 0.0
-    convolution_width: int = 0
-    chunk_tokens: int = 32
-    norm_eps: float = 1e-6
+    n_channels: Count = 1024
+    lower_bound: Decay = 0.0
+    convolution_width: Natural = 0
+    chunk_tokens: Count = 32
+    norm_eps: Positive = 1e-6
 
     is_elementwise: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_bound(self)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -60,14 +57,10 @@ class HgrnConfig(RecurrentConfig):
 class Hgrn2Config(HeadsConfig):
     """A matrix per head; keys are what is forgotten."""
 
-    convolution_width: int = 0
-    lower_bound: float = 0.0
+    convolution_width: Natural = 0
+    lower_bound: Decay = 0.0
 
     is_per_channel: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_bound(self)
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         common = super().projections(d_model)
@@ -86,12 +79,3 @@ def bounded(f: Array, lower_bound: float) -> Array:
     """log(b + (1 - b) sigmoid(f)), the log-decay."""
     g = jax.nn.log_sigmoid(f)
     return g if lower_bound == 0 else jnp.logaddexp(jnp.log(lower_bound), jnp.log1p(-lower_bound) + g)
-
-
-def require_bound(config: HgrnConfig | Hgrn2Config) -> None:
-    """Raises ValueError for a lower bound that is not a decay."""
-    if not 0 <= config.lower_bound < 1:
-        raise ValueError(
-            f"{type(config).__name__}: needs 0 <= lower_bound < 1, got lower_bound={config.lower_bound}; it is the least "
-            "that a gate keeps of a memory per token"
-        )

@@ -10,12 +10,13 @@ References: Kimi Team 2025, arXiv 2510.26692; GDN-2 as in flash-linear-attention
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Bounds, Positive
 from jaxmem.layers.gated_delta_net import DeltaNetConfig
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, init_a_log, init_dt_bias
@@ -29,21 +30,13 @@ from jaxmem.typing import Array
 class KimiDeltaAttentionConfig(DeltaNetConfig):
     """KDA; a_log starts as the log of U(1, 16), or at 0 with a lower bound."""
 
-    lower_bound: float | None = None
+    lower_bound: Annotated[float, Bounds("(-inf, 0)")] | None = None
     """Of g, such as -5; None: the softplus gate, as in Kimi-Linear-48B."""
     gate_bias: bool = True
     """Of the output's gate, as in flash-linear-attention; False: none, as in Kimi-Linear-48B."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
 
     is_per_channel: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lower_bound is not None and self.lower_bound >= 0:
-            raise ValueError(
-                f"{type(self).__name__}: needs a lower_bound of log-decays below 0, got lower_bound={self.lower_bound}; "
-                "-5 is usual, None is the softplus gate"
-            )
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         return super().projections(d_model) | {"decay": self.per_key(rank=self.value_dim)}

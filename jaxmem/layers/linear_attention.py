@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural, Positive
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import Arrays, HeadsConfig, Parameter, Projection
 from jaxmem.layers.rotary import rotary
@@ -36,7 +37,7 @@ GATE_TEMPERATURE = 16.0
 class LinearAttentionConfig(HeadsConfig):
     """No decay; each output is a weighted mean of values."""
 
-    convolution_width: int = 0
+    convolution_width: Natural = 0
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -61,8 +62,8 @@ class LinearAttentionConfig(HeadsConfig):
 class RetNetConfig(HeadsConfig):
     """A constant decay per head, between 1 - 2^-5 and ever closer to 1."""
 
-    convolution_width: int = 0
-    rope_theta: float = 10_000.0
+    convolution_width: Natural = 0
+    rope_theta: Positive = 10_000.0
 
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         q, k, v = self.qkv(x)
@@ -78,10 +79,10 @@ class RetNetConfig(HeadsConfig):
 class LightningAttentionConfig(HeadsConfig):
     """A constant decay per head and layer."""
 
-    convolution_width: int = 0
-    layer: int = 0
+    convolution_width: Natural = 0
+    layer: Natural = 0
     """The layer whose slopes are used, from 0."""
-    n_layers: int = 1
+    n_layers: Count = 1
     slopes: Literal["minimax", "fla"] = "minimax"
     """The convention of the slopes; see `lightning_slopes`."""
 
@@ -106,7 +107,7 @@ class LightningAttentionConfig(HeadsConfig):
 class SimpleGlaConfig(HeadsConfig):
     """A decay per token and head."""
 
-    convolution_width: int = 0
+    convolution_width: Natural = 0
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         return super().projections(d_model) | {"decay": self.per_head()}
@@ -123,8 +124,8 @@ class SimpleGlaConfig(HeadsConfig):
 class GatedLinearAttentionConfig(HeadsConfig):
     """A decay per token, head and key channel."""
 
-    convolution_width: int = 0
-    gate_rank: int = 16
+    convolution_width: Natural = 0
+    gate_rank: Count = 16
 
     is_per_channel: ClassVar[bool] = True
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural, Positive
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.recurrent import (
     Arrays,
@@ -42,14 +43,14 @@ from jaxmem.typing import Array, DTypeLike, PRNGKeyArray
 class MambaConfig(RecurrentConfig):
     """N numbers per channel."""
 
-    n_channels: int = 2048
+    n_channels: Count = 2048
     """D', usually twice the model's width."""
-    n_states: int = 16
+    n_states: Count = 16
     """N."""
-    dt_rank: int | None = None
+    dt_rank: Count | None = None
     """Of the projection to step sizes; None: n_channels / 32, rounded up."""
-    convolution_width: int = 4
-    chunk_tokens: int = 32
+    convolution_width: Natural = 4
+    chunk_tokens: Count = 32
 
     is_elementwise: ClassVar[bool] = True
 
@@ -103,8 +104,8 @@ class Mamba2Config(HeadsConfig):
     """H heads of width P, here value_dim, and N numbers for each, here key_dim; B and C are shared by groups of heads,
     here n_key_heads."""
 
-    n_key_heads: int | None = 1
-    norm_eps: float = 1e-5
+    n_key_heads: Count | None = 1
+    norm_eps: Positive = 1e-5
 
     def projections(self, d_model: int) -> dict[str, Projection]:
         common = super().projections(d_model)

@@ -23,12 +23,13 @@ and keys, here it is an option; PEER-pytorch keeps one expert per head whatever 
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, checked
 from jaxmem.layers.memory_table import Activation, MemoryTable, TableDtype, table_to_read
 from jaxmem.layers.memory_usage import slot_weights
 from jaxmem.layers.product_keys import ProductKeysConfig
@@ -42,6 +43,7 @@ Output = Literal["plain", "linear", "swilu"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MemoryConfig:
     """A memory layer; `pkm`, `memory_plus`, `peer` and `ultramem` are published ones."""
 
@@ -50,7 +52,7 @@ class MemoryConfig:
     """What makes weights of scores: softmax over the k slots of a head, or each score by itself ("linear": as it is)."""
     expert: Activation | None = None
     """Slots are neurons with this activation, and have an input vector too; None: slots are values."""
-    value_dim: int | None = None
+    value_dim: Count | None = None
     """V: width of a value; None is d_model, which a plain output needs."""
     output: Output = "plain"
     gated: bool = False
@@ -61,15 +63,6 @@ class MemoryConfig:
     """The table is an argument of the call instead of a part of the layer."""
     placement: Literal["replace", "beside"] = "replace"
     """In a decoder's block: instead of the feed-forward, or added to it."""
-
-    def __post_init__(self):
-        known = {"score": Score, "expert": Activation, "output": Output, "table_dtype": TableDtype}
-        for name, kind in (known | {"placement": Literal["replace", "beside"]}).items():
-            value = getattr(self, name)
-            if value not in get_args(kind) and not (name == "expert" and value is None):
-                raise ValueError(
-                    f"memory: needs {name} to be one of {', '.join(get_args(kind))}, got {name}={value!r}; change it"
-                )
 
     def width(self, d_model: int) -> int:
         """V in a model of width d_model."""

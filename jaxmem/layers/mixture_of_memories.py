@@ -3,9 +3,11 @@
     p_t = softmax(R x_t),  top-k of p_t renormalised to weights w_t;   o_t = sum_m w_tm S_m(t)^T q_t + S_shared(t)^T q_t
 
 Each memory sees only the tokens routed to it, in order and as if they stood side by side: between them it does not decay,
-and its short convolution reaches back over its own tokens. Weights scale what is read, never what is written. The shared
-memory sees every token; here it is simply one more memory that every token goes to with weight 1. Queries, small parameters
-such as rates, convolution filters and the output are shared by all memories; other projections are one per memory.
+its short convolution reaches back over its own tokens, and what depends on the position (RetNet's rotary embedding) or on the
+first token (Griffin's scale) goes by its own count of them; `positions` stand for that count where a caller gives them.
+Weights scale what is read, never what is written. The shared memory sees every token; here it is simply one more memory
+that every token goes to with weight 1. Queries, small parameters such as rates, convolution filters and the output are
+shared by all memories; other projections are one per memory.
 
 The recurrence inside can be any `RecurrentConfig`; that of the published models is Gated DeltaNet. A projection that reads
 the token before (RWKV-7's) reads the one before in the sequence, not in the memory.
@@ -29,8 +31,9 @@ from flax import nnx
 
 from jaxmem.algebra import suffix
 from jaxmem.algebra.suffix import Suffix
+from jaxmem.fields import Count, checked
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
-from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
+from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, Tokens, init_cursor, place_state
 from jaxmem.layers.packing import Packing, pack, pack_by_memory, unpack
 from jaxmem.layers.recurrent import (
     Arrays,
@@ -48,18 +51,19 @@ from jaxmem.recurrences.engine import chunks, steps
 from jaxmem.recurrences.streams import Documents
 from jaxmem.sharding import einsum, local, matrix, param
 from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, spread_like, total
-from jaxmem.typing import Array, DTypeLike, Float, Int, Shaped
+from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MixtureOfMemoriesConfig:
     """The mixture of memories of the paper; the defaults are its published models'."""
 
     inner: RecurrentConfig = GatedDeltaNetConfig()
     """The recurrence of every memory."""
-    n_memories: int = 4
+    n_memories: Count = 4
     """Memories to choose from, the shared one not counted."""
-    top_k: int = 2
+    top_k: Count = 2
     """Memories chosen per token."""
     shared_memory: bool = True
     """One more memory that sees every token."""
@@ -67,9 +71,9 @@ class MixtureOfMemoriesConfig:
     """One key, value, decay and write-strength projection for all memories, instead of one each."""
 
     def __post_init__(self):
-        if not 1 <= self.top_k <= self.n_memories:
+        if self.top_k > self.n_memories:
             raise ValueError(
-                "MixtureOfMemoriesConfig: needs 1 <= top_k <= n_memories, "
+                "MixtureOfMemoriesConfig: needs top_k <= n_memories, "
                 f"got top_k={self.top_k} of n_memories={self.n_memories}; choose fewer or have more memories"
             )
 
@@ -98,6 +102,9 @@ class MixtureOfMemoriesConfig:
         return self.n_choices * inner.mixing_flops(d_model, context_tokens) + (self.n_choices - 1) * convolution
 
 
+STALE = -1
+
+
 class MixtureState(NamedTuple):
     """What the layer remembers; M counts the shared memory, M' does not."""
 
@@ -105,8 +112,9 @@ class MixtureState(NamedTuple):
     """fp32."""
     history: Arrays
     """The last inputs [B M W-1 ...] of each memory's convolutions, by the name of the projection."""
-    segment: Int[Array, "B M"]
-    """The document each memory last saw; it forgets when it meets another."""
+    seen: Int[Array, "B M"]
+    """Tokens of the cursor's document that each memory has seen; STALE where it still holds an earlier document, which it
+    forgets when it meets a token."""
     router: "RouterUse"
     last: Arrays
     """The last x [B 1 D], if a projection reads it."""
@@ -142,7 +150,7 @@ def load_balancing_loss(use: RouterUse, top_k: int) -> Float[Array, "*L"]:
     gives M. 0 without tokens. Layers are not pooled: routers that send everything each to another memory would look even.
 
     Args:
-      use: of one router [B M] or of several [*L B M], rows added up.
+      use: of one router [M] or [B M] or of several [*L B M]; rows are added up.
 
     Reference: Fedus et al. 2021, arXiv 2101.03961, equation 4, for top-k as in Mixtral's code, there over all layers at once.
 
@@ -150,19 +158,20 @@ def load_balancing_loss(use: RouterUse, top_k: int) -> Float[Array, "*L"]:
     >>> load_balancing_loss(RouterUse(*2 * [jnp.stack([even, collapsed])]), top_k=1).tolist()
     [1.0, 2.0]
     """
-    chosen, probability = (x.sum(axis=-2) for x in use)
+    chosen, probability = (jnp.atleast_2d(x).sum(axis=-2) for x in use)
     tokens = jnp.maximum(chosen.sum(axis=-1) / top_k, 1.0)
     return chosen.shape[-1] * jnp.sum(chosen * probability, axis=-1) / tokens**2
 
 
 _TOKENS = ("batch", "time")
 _CHOICES = (*_TOKENS, None)
-_SEGMENT = "segment of each"
 _ROUTER_AXES = RouterUse(("batch", "memory"), ("batch", "memory"))
 
 
-class MixtureOfMemories(nnx.Module):
+class MixtureOfMemories(SequenceMixer):
     """The layer of the module docstring. See `mixer` for how it is called."""
+
+    state_type = MixtureState
 
     def __init__(self, config: MixtureOfMemoriesConfig, d_model: int, *, rngs: nnx.Rngs):
         self.config, self.d_model = config, d_model
@@ -174,14 +183,14 @@ class MixtureOfMemories(nnx.Module):
         self.parameters = make_parameters(config.inner, d_model, rngs=rngs)
         self.output = config.inner.output(d_model, rngs=rngs)
 
-    def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32) -> MixtureState:
+    def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> MixtureState:
         c, inner, specs = self.config, self.config.inner, self.projections.specs
         lead = (batch, c.n_slots)
         width = inner.convolution_width - 1
         state = MixtureState(
             memories=jnp.zeros((*lead, *inner.state_shape), jnp.complex64 if inner.is_complex else jnp.float32),
             history={name: jnp.zeros((*lead, width, *specs[name].shape), dtype) for name in self.taps},
-            segment=jnp.ones(lead, jnp.int32),
+            seen=jnp.zeros(lead, jnp.int32),
             router=RouterUse(*jnp.zeros((2, batch, c.n_memories), jnp.float32)),
             last={"x": jnp.zeros((batch, 1, self.d_model), dtype)} if self.projections.is_shifted else {},
             cursor=init_cursor(batch),
@@ -193,23 +202,14 @@ class MixtureOfMemories(nnx.Module):
         return MixtureState(
             memories=("batch", "memory", "heads", "key", "value"),
             history={name: ("batch", "memory", "tap", *self.projections.specs[name].axes) for name in self.taps},
-            segment=("batch", "memory"),
+            seen=("batch", "memory"),
             router=_ROUTER_AXES,
             last={"x": ("batch", "tap", "embed")} if self.projections.is_shifted else {},
             cursor=Cursor(("batch",), ("batch",)),
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: MixtureState | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MixtureState]:
-        c = self.config
-        state = self.init_state(x.shape[0], dtype=x.dtype) if state is None else state
-        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
+    def mix(self, x: Float[Array, "B T D"], state: MixtureState, call: Call) -> tuple[Array, MixtureState]:
+        c, tokens = self.config, call.tokens
         logits = einsum("btd,dm->btm", x.astype(jnp.float32), self.router[...], ("batch", "time", "memory"))
         choose = local(
             lambda logits, real: route(logits, real, c.top_k),
@@ -220,31 +220,30 @@ class MixtureOfMemories(nnx.Module):
 
         before, last = None, state.last
         if self.projections.is_shifted:
-            before, last = shift(x, state.last, tokens.segment, state.cursor.segment)
+            before, last = shift(x, state.last, tokens.document)
         projected = self.projections(x, before)
         axes, (p, p_axes) = self._state_axes, with_constants(c.inner, self.d_model, self.parameters)
-        remembered_axes = axes.memories, axes.history, axes.segment
-        mix = local(
+        remembered_axes = axes.memories, axes.history, axes.seen
+        run = local(
             self._mix,
             in_axes=(
                 {name: self.projections.axes(name) for name in projected},
-                (_CHOICES, _TOKENS, _TOKENS),
+                (_CHOICES, Tokens(_TOKENS, _TOKENS, _TOKENS), None if call.positions is None else _TOKENS),
                 {name: ("tap", *self.projections.specs[name].axes) for name in self.taps},
                 p_axes,
                 remembered_axes,
             ),
             out_axes=((*_CHOICES, "heads", "value"), *remembered_axes),
         )
-        o, *remembered = mix(
+        o, *remembered = run(
             projected,
-            (memory, tokens.segment, tokens.position),
+            (memory, tokens, call.positions),
             {name: weight[...] for name, weight in self.taps.items()},
             p,
-            (state.memories, state.history, state.segment),
+            (state.memories, state.history, state.seen),
         )
-        y = self.output(self._read(o, weight), x) * tokens.real[..., None]
         router = jax.tree.map(jnp.add, state.router, use)
-        return y.astype(x.dtype), MixtureState(*remembered, router, last, cursor)
+        return self.output(self._read(o, weight), x), MixtureState(*remembered, router, last, state.cursor)
 
     def _read(self, o: Float[Array, "B T c H V"], weight: Float[Array, "B T k"]) -> Float[Array, "B T H V"]:
         k = self.config.top_k
@@ -252,17 +251,18 @@ class MixtureOfMemories(nnx.Module):
         return read + o[:, :, k] if self.config.shared_memory else read
 
     def _mix(self, x: Arrays, places, taps: Arrays, p: Arrays, remembered):
-        """The recurrences, on one device's rows and heads: o of every choice, new memories, history and segment."""
-        c, (memory, segment, position) = self.config, places
+        """The recurrences, on one device's rows and heads: o of every choice, new memories, histories and counts."""
+        c, (memory, tokens, positions) = self.config, places
         taps, p = spread_like((taps, p), x)  # so that their gradients are exchanged once, in the end
         dtype = jax.tree.leaves(x)[0].dtype
         x = {name: self._of_choices(name, a, memory) for name, a in x.items()}
-        x["position"] = jnp.broadcast_to(position[..., None], (*position.shape, c.n_choices))
+        if positions is not None:
+            x["position"] = jnp.broadcast_to(positions[..., None], (*positions.shape, c.n_choices))
         if c.shared_memory:
             memory = jnp.concatenate([memory, jnp.full_like(memory[..., :1], c.n_memories)], axis=-1)
-        memory = jnp.where(segment[..., None] != 0, memory, c.n_slots)
-        mix = self._mix_token if segment.shape[1] == 1 else self._mix_sequence
-        o, *remembered = mix(x, memory, segment, taps, p, *remembered)
+        memory = jnp.where(tokens.real[..., None], memory, c.n_slots)
+        is_token = memory.shape[1] == 1 and n_shards(sequence_axis()) == 1
+        o, *remembered = (self._mix_token if is_token else self._mix_sequence)(x, memory, tokens, taps, p, *remembered)
         return o.astype(dtype), *remembered
 
     def _of_choices(self, name: str, x: Array, memory: Int[Array, "B T k"]) -> Shaped[Array, "B T c *x"]:
@@ -276,10 +276,10 @@ class MixtureOfMemories(nnx.Module):
             return jnp.concatenate([chosen, x[:, :, c.n_memories :]], axis=2)
         return jnp.broadcast_to(x, (*x.shape[:2], c.n_choices, *x.shape[3:]))
 
-    def _mix_sequence(self, x, memory, segment, taps, p, memories, history, memory_segment):
+    def _mix_sequence(self, x, memory, tokens, taps, p, memories, history, seen):
         c, inner = self.config, self.config.inner
         batch, n_tokens, n_choices = memory.shape
-        n_history = max(inner.convolution_width - 1, 1)  # one place at least, for the document a memory last saw
+        n_history = max(inner.convolution_width - 1, 0)
         packing = pack_by_memory(memory.reshape(batch, -1), c.n_slots, n_history, inner.chunk_tokens)
 
         def packed(items: Array, past: Array | None = None) -> Array:
@@ -289,29 +289,30 @@ class MixtureOfMemories(nnx.Module):
             past = past.reshape(batch, c.n_slots * n_history, *items.shape[2:])
             return pack(packing, jnp.concatenate([past.astype(items.dtype), items], axis=1))
 
-        axis, of_items = sequence_axis(), jnp.broadcast_to(segment[..., None], memory.shape)
-        before = history | {_SEGMENT: jnp.broadcast_to(memory_segment[..., None], (*memory_segment.shape, n_history))}
-        if n_shards(axis) > 1:
-            new = {name: packed(a) for name, a in x.items() if name in history} | {_SEGMENT: packed(of_items)}
-            before = remembered_before(before, new, packing, axis)
-        segments = packed(of_items, before[_SEGMENT])
+        axis, before = sequence_axis(), history
+        position, starts, before_call, seen = count_own(memory, tokens, seen, axis)
+        x = {"position": position, "first": position == 0} | x
+        if n_shards(axis) > 1 and history:
+            before = remembered_before(history, {name: packed(x[name]) for name in history}, packing, axis)
+        recent = jnp.arange(n_history, 0, -1) <= before_call.tokens[..., None]  # [B M n]
+        recent |= before_call.document[..., None] == 1  # zeros before the tokens that the state has seen
+        of_items = jnp.broadcast_to(tokens.document[..., None], memory.shape)
+        documents = packed(of_items, jnp.where(recent, before_call.document[..., None], 0))
         inputs = {name: packed(a, before.get(name)) for name, a in x.items()}
         lead = lambda a: jnp.pad(a, [(0, 0), (n_history, 0)] + [(0, 0)] * (a.ndim - 2))
-        convolved = {name: convolve(lead(inputs[name]), lead(segments), weight) for name, weight in taps.items()}
+        convolved = {name: convolve(lead(inputs[name]), lead(documents), weight) for name, weight in taps.items()}
 
-        item = packing.holds_item
-        documents = Documents(item & (segments != jnp.roll(segments, 1, axis=1)), item)
         x = prepared(inner, inputs | convolved, p)
         make = lambda x: inner.streams(in_full(x), p)
-        o, memories = chunks(make, x, memories, packing.chunk_memory, inner.n_steps, documents)
+        of_chunks = packing.chunk_memory, inner.n_steps, Documents(packed(starts), packing.holds_item)
+        o, memories = chunks(make, x, memories, *of_chunks)
         o = unpack(packing, inner.finish(o, in_full(x), p))
-        last = lambda a: jax.vmap(lambda end: last_items(a, segments, end, n_history + 1), in_axes=1, out_axes=1)
+        last = lambda a: jax.vmap(lambda end: last_items(a, documents, end, n_history + 1), in_axes=1, out_axes=1)
         history = {name: last(inputs[name])(packing.end)[0].astype(a.dtype) for name, a in history.items()}
-        memory_segment = jnp.take_along_axis(segments, packing.end - 1, axis=1)
-        history, memory_segment = from_last((history, memory_segment), axis)
-        return o.reshape(batch, n_tokens, n_choices, *o.shape[2:]), memories, history, memory_segment
+        history, seen = from_last((history, seen), axis)
+        return o.reshape(batch, n_tokens, n_choices, *o.shape[2:]), memories, history, seen
 
-    def _mix_token(self, x, memory, segment, taps, p, memories, history, memory_segment):
+    def _mix_token(self, x, memory, tokens, taps, p, memories, history, seen):
         """Decoding: one token per row touches only the memories it goes to, each a row of its own here."""
         inner, shape = self.config.inner, (memory.shape[0], memory.shape[2])
         row, slot = jnp.arange(shape[0])[:, None], memory[:, 0]
@@ -319,18 +320,72 @@ class MixtureOfMemories(nnx.Module):
         take = lambda a: flat(a.at[row, slot].get(mode="clip"))
         put = lambda a, new: a.at[row, slot].set(new.reshape(*shape, *new.shape[1:]).astype(a.dtype), mode="drop")
 
-        now, before = flat(jnp.broadcast_to(segment[..., None], (shape[0], shape[1], 1))), take(memory_segment)
-        x, new_history = {name: flat(a[:, 0])[:, None] for name, a in x.items()}, {}
+        seen = jnp.where(tokens.starts, STALE, seen)
+        real, before = flat(jnp.broadcast_to(tokens.real[..., None], (shape[0], shape[1], 1))), take(seen)
+        counted = {"position": jnp.maximum(before, 0)[:, None], "first": (before <= 0)[:, None]}
+        x, new_history = counted | {name: flat(a[:, 0])[:, None] for name, a in x.items()}, {}
         for name, weight in taps.items():
-            x[name], new = short_convolution(x[name], weight, take(history[name]), now, before)
+            past = take(history[name])
+            past = jnp.where((before == STALE).reshape(-1, *[1] * (past.ndim - 1)), 0, past)
+            x[name], new = short_convolution(x[name], weight, past, real.astype(jnp.int32))
             new_history[name] = put(history[name], new)
         x = prepared(inner, x, p)
         make = lambda x: inner.streams(in_full(x), p)
-        documents = Documents(now != before[:, None], now != 0)
-        o, new = steps(make, x, take(memories), inner.n_steps, documents)
+        o, new = steps(make, x, take(memories), inner.n_steps, Documents((before == STALE)[:, None], real))
         o = inner.finish(o, in_full(x), p).reshape(shape[0], 1, shape[1], *o.shape[2:])
-        remembered = put(memories, new), new_history, put(memory_segment, now[:, 0])
+        remembered = put(memories, new), new_history, put(seen, jnp.maximum(before, 0) + 1)
         return o, *from_last(remembered, sequence_axis())
+
+
+class Seen(NamedTuple):
+    """What memories have seen of some tokens."""
+
+    document: Int[Array, "B M"]
+    """The last one of which a memory has tokens; 0: none in this call."""
+    tokens: Int[Array, "B M"]
+    """So many of it."""
+
+
+def count_own(
+    memory: Int[Array, "B T c"], tokens: Tokens, seen: Int[Array, "B M"], axis: str | None
+) -> tuple[Int[Array, "B T c"], Bool[Array, "B T c"], Seen, Int[Array, "B M"]]:
+    """Each memory's own count of the tokens that go to it, M and more being no memory; inside `local`.
+
+    Returns: a token's position among those of its document that its memory sees; whether the memory forgets before it; what
+    memories have seen before this device's tokens; and `MixtureState.seen` behind all, on the device of the last.
+    """
+    document, n_memories = tokens.document, seen.shape[1]
+    goes = jnp.any(memory[..., None] == jnp.arange(n_memories), axis=2)  # [B T M]
+    so_far = jnp.cumsum(goes, axis=1, dtype=jnp.int32)
+    before = so_far - goes
+    base = jax.lax.cummax(jnp.where(tokens.starts[..., None], before, -1), axis=1)  # -1: no start on this device yet
+
+    last = jnp.max(jnp.where(goes, document[..., None], 0), axis=1)
+    own = Seen(last, jnp.sum(goes & (document[..., None] == last[:, None]), axis=1, dtype=jnp.int32))
+    nothing = Seen(jnp.zeros_like(last), jnp.zeros_like(last))
+    seen = spread(seen, axis)
+    given = Seen(jnp.where(seen == STALE, 0, 1), jnp.maximum(seen, 0))
+    earlier = _and_then(given, prefix_fold(_and_then, nothing, own, axis))
+    all_seen = _and_then(earlier, own)
+
+    same = earlier.document[:, None] == document[..., None]
+    position = jnp.where(base < 0, before + jnp.where(same, earlier.tokens[:, None], 0), before - base)
+    at = jnp.minimum(memory, n_memories - 1)
+    position = jnp.take_along_axis(position, at, axis=2)
+    was_stale = jnp.take_along_axis(jnp.broadcast_to(seen[:, None] == STALE, before.shape), at, axis=2)
+    starts = (position == 0) & ((document[..., None] > 1) | was_stale) & (memory < n_memories)
+
+    latest = jnp.max(document, axis=1)
+    latest = jnp.maximum(jnp.maximum(latest, prefix_fold(jnp.maximum, jnp.zeros_like(latest), latest, axis)), 1)
+    return position, starts, earlier, jnp.where(all_seen.document == latest[:, None], all_seen.tokens, STALE)
+
+
+def _and_then(a: Seen, b: Seen) -> Seen:
+    same = a.document == b.document
+    return Seen(
+        jnp.where(b.document == 0, a.document, b.document),
+        jnp.where(b.document == 0, a.tokens, b.tokens + jnp.where(same, a.tokens, 0)),
+    )
 
 
 def remembered_before(before: Arrays, packed: Arrays, packing: Packing, axis: str | None) -> Arrays:
@@ -341,7 +396,7 @@ def remembered_before(before: Arrays, packed: Arrays, packing: Packing, axis: st
     n_items = packing.end - places[..., 0] - n_history
 
     def of_array(before: Array, packed: Array) -> Array:
-        flat = lambda a: a.reshape(*a.shape[:3], -1).astype(jnp.float32)
+        flat = lambda a: a.reshape(*a.shape[:3], -1).astype(jnp.promote_types(a.dtype, jnp.float32))
         window = packing.end[..., None] - n_history + jnp.arange(n_history)  # [B M n]
         mine = jax.vmap(lambda row, at: row[at])(packed, window)
         own = Suffix(flat(mine), jnp.minimum(n_items, n_history))

@@ -55,18 +55,19 @@ def pack_by_memory(memory: Int[Array, "B I"], n_memories: int, n_history: int, c
 
     def of_row(memory):
         chosen = memory[:, None] == jnp.arange(n_memories)
-        order = jnp.cumsum(chosen, axis=0)
+        order = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
         count = order[-1]
         chunks = -(-(n_history + count) // chunk_tokens)
-        chunk_end = jnp.cumsum(chunks)
+        chunk_end = jnp.cumsum(chunks, dtype=jnp.int32)
         start = (chunk_end - chunks) * chunk_tokens
 
-        history = (start[:, None] + jnp.arange(n_history)).reshape(-1)
-        items = jnp.sum(jnp.where(chosen, start + n_history + order - 1, 0), axis=1)
+        history = (start[:, None] + jnp.arange(n_history, dtype=jnp.int32)).reshape(-1)
+        items = jnp.sum(jnp.where(chosen, start + n_history + order - 1, 0), axis=1, dtype=jnp.int32)
         items = jnp.where(chosen.any(axis=1), items, n_places)
         place = jnp.concatenate([history, items])
-        thing = jnp.full(n_places, place.size).at[place].set(jnp.arange(place.size), mode="drop")
-        chunk_memory = jnp.sum(jnp.arange(n_chunks)[:, None] >= chunk_end, axis=1)
+        number = jnp.arange(place.size, dtype=jnp.int32)
+        thing = jnp.full(n_places, place.size, jnp.int32).at[place].set(number, mode="drop")
+        chunk_memory = jnp.sum(jnp.arange(n_chunks)[:, None] >= chunk_end, axis=1, dtype=jnp.int32)
         return Packing(history, items, thing, jnp.minimum(chunk_memory, n_memories - 1), start + n_history + count)
 
     return jax.vmap(of_row)(memory)

@@ -23,7 +23,7 @@ queries are never normalised over the batch here, which the paper does, since to
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from flax import nnx
 
 from jaxmem.algebra import topk
 from jaxmem.algebra.topk import TopK
+from jaxmem.fields import Bounds, Count, checked
 from jaxmem.layers.norm import LayerNorm, RMSNorm
 from jaxmem.sharding import ROWS, VECTOR, einsum, matrix, param
 from jaxmem.typing import Array, Float
@@ -41,18 +42,19 @@ Search = Literal["staircase", "square", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ProductKeysConfig:
     """How slots are addressed; the sizes are those of the paper's language models."""
 
-    n_slots: int = 512**2
+    n_slots: Count = 512**2
     """Slots, n^N."""
-    n_heads: int = 4
+    n_heads: Count = 4
     """Queries per token, each with codebooks of its own."""
-    top_k: int = 32
+    top_k: Count = 32
     """Slots read per head."""
-    key_dim: int = 256
+    key_dim: Count = 256
     """K: width of a whole key; a sub-key has K / N."""
-    n_parts: int = 2
+    n_parts: Annotated[int, Bounds("[2, inf)")] = 2
     """N: codebooks per head, 2 or more."""
     query_norm: Norm = "none"
     """Of each part of each query over its K / N numbers, with one scale for all parts and heads."""
@@ -61,20 +63,12 @@ class ProductKeysConfig:
     query_bias: bool = True
 
     def __post_init__(self):
-        if self.n_parts < 2:
-            raise ValueError(f"product keys: needs n_parts >= 2, got n_parts={self.n_parts}; use 2, as published")
-        if self.n_heads < 1 or self.key_dim < 1 or self.key_dim % self.n_parts:
+        if self.key_dim % self.n_parts:
             raise ValueError(
-                "product keys: needs n_heads >= 1 and key_dim divisible by n_parts, "
-                f"got n_heads={self.n_heads}, key_dim={self.key_dim}, n_parts={self.n_parts}; change one of them"
+                "product keys: needs key_dim divisible by n_parts, "
+                f"got key_dim={self.key_dim}, n_parts={self.n_parts}; change one of them"
             )
         _check_k(self.top_k, _root(self.n_slots, self.n_parts), self.n_parts)
-        for name in ("query_norm", "key_norm"):
-            if getattr(self, name) not in get_args(Norm):
-                raise ValueError(
-                    f"product keys: needs {name} to be one of {', '.join(get_args(Norm))}, "
-                    f"got {name}={getattr(self, name)!r}; change it"
-                )
 
     @property
     def n_sub_keys(self) -> int:

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural, Positive, check_fields
 from jaxmem.layers.gated_output import GatedOutput
-from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
+from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
 from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
 from jaxmem.recurrences.call import require_chunk
 from jaxmem.recurrences.engine import ELEMENTWISE_FLOPS, recurrence, recurrence_flops
@@ -84,6 +85,7 @@ class RecurrentConfig(abc.ABC):
     """Whether every number of the state decays on its own, for counting FLOPs."""
 
     def __post_init__(self):
+        check_fields(self)
         require_chunk(type(self).__name__, self.chunk_tokens)
         if self.convolution_width:
             require_history(type(self).__name__, self.convolution_width)
@@ -109,8 +111,10 @@ class RecurrentConfig(abc.ABC):
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         """The recurrence's streams of projections x [*tokens, ...], in fp32, and parameters and constants p, token by token.
 
-        x has also "position" [*tokens], counted from 0 in each document. Streams may be made several times, and where every
-        number of the state decays on its own, one token after the other: products of matrices then belong into `prepare`.
+        x has also "position" [*tokens], the caller's or else counted from 0 in each document, and "first" [*tokens], whether
+        a token is the first of its document: for a memory of a mixture, the first that it sees, and counted by what it sees.
+        Streams may be made several times, and where every number of the state decays on its own, one token after the
+        other: products of matrices then belong into `prepare`.
         """
 
     def prepare(self, x: Arrays, p: Arrays) -> Arrays:
@@ -141,17 +145,17 @@ class RecurrentConfig(abc.ABC):
 class HeadsConfig(RecurrentConfig):
     """A recurrence of H heads with queries and keys of width K and values of width V."""
 
-    n_heads: int = 4
-    key_dim: int = 256
+    n_heads: Count = 4
+    key_dim: Count = 256
     """Per head."""
-    value_dim: int = 256
+    value_dim: Count = 256
     """Per head."""
-    n_key_heads: int | None = None
+    n_key_heads: Count | None = None
     """Heads of q and k, each serving n_heads / n_key_heads of v; None: as many."""
-    convolution_width: int = 4
+    convolution_width: Natural = 4
     """Of the filters of q, k and v; 0: none."""
-    chunk_tokens: int = 32
-    norm_eps: float = 1e-6
+    chunk_tokens: Count = 32
+    norm_eps: Positive = 1e-6
 
     def __post_init__(self):
         super().__post_init__()
@@ -280,8 +284,10 @@ class RecurrentState(NamedTuple):
     cursor: Cursor
 
 
-class Recurrent(nnx.Module):
+class Recurrent(SequenceMixer):
     """A linear recurrence as a mixer; see `mixer` for how it is called."""
+
+    state_type = RecurrentState
 
     def __init__(self, config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs):
         self.config, self.d_model = config, d_model
@@ -290,7 +296,7 @@ class Recurrent(nnx.Module):
         self.parameters = make_parameters(config, d_model, rngs=rngs)
         self.output = config.output(d_model, rngs=rngs)
 
-    def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32) -> RecurrentState:
+    def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> RecurrentState:
         c, specs = self.config, self.projections.specs
         state = RecurrentState(
             memory=jnp.zeros((batch, *c.state_shape), jnp.complex64 if c.is_complex else jnp.float32),
@@ -311,52 +317,43 @@ class Recurrent(nnx.Module):
             cursor=Cursor(("batch",), ("batch",)),
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: RecurrentState | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], RecurrentState]:
-        state = self.init_state(x.shape[0], dtype=x.dtype) if state is None else state
-        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
-        before, last = None, state.last
+    def mix(self, x: Float[Array, "B T D"], state: RecurrentState, call: Call) -> tuple[Array, RecurrentState]:
+        tokens, before, last = call.tokens, None, state.last
         if self.projections.is_shifted:
-            before, last = shift(x, state.last, tokens.segment, state.cursor.segment)
+            before, last = shift(x, state.last, tokens.document)
         projected = self.projections(x, before)
         axes, (p, p_axes) = self._state_axes, with_constants(self.config, self.d_model, self.parameters)
-        mix = local(
+        run = local(
             self._mix,
             in_axes=(
                 {name: self.projections.axes(name) for name in projected},
                 Documents(_TOKENS, _TOKENS),
-                (_TOKENS, _TOKENS, ("batch",)),
+                (_TOKENS, {"position": _TOKENS, "first": _TOKENS}),
                 {name: ("tap", *self.projections.specs[name].axes) for name in self.taps},
                 p_axes,
                 (axes.memory, axes.history),
             ),
             out_axes=((*_TOKENS, "heads", "value"), axes.memory, axes.history),
         )
-        o, memory, history = mix(
+        position = tokens.position if call.positions is None else call.positions
+        o, memory, history = run(
             projected,
             Documents(tokens.starts, tokens.real),
-            (tokens.position, tokens.segment, state.cursor.segment),
+            (tokens.document, {"position": position, "first": tokens.position == 0}),
             {name: weight[...] for name, weight in self.taps.items()},
             p,
             (state.memory, state.history),
         )
-        y = self.output(o, x) * tokens.real[..., None]
-        return y.astype(x.dtype), RecurrentState(memory, history, last, cursor)
+        return self.output(o, x), RecurrentState(memory, history, last, state.cursor)
 
     def _mix(self, x: Arrays, documents: Documents, places, taps: Arrays, p: Arrays, state):
         """Convolutions and the recurrence, on one device's rows and heads."""
-        (position, segment, segment_before), (memory, history), c = places, state, self.config
+        (document, counted), (memory, history), c = places, state, self.config
         taps, p = spread_like((taps, p), x)  # so that their gradients are exchanged once, in the end
         dtype, new_history = jax.tree.leaves(x)[0].dtype, {}
         for name, weight in taps.items():
-            x[name], new_history[name] = short_convolution(x[name], weight, history[name], segment, segment_before)
-        x = prepared(c, x | {"position": position}, p)
+            x[name], new_history[name] = short_convolution(x[name], weight, history[name], document)
+        x = prepared(c, x | counted, p)
         o, memory = recurrence(
             lambda x: c.streams(in_full(x), p),
             x,
@@ -407,18 +404,16 @@ def in_full(x: Arrays) -> Arrays:
     return jax.tree.map(full, x)
 
 
-def shift(
-    x: Float[Array, "B T D"], last: Arrays, segment: Int[Array, "B T"], segment_before: Int[Array, "B"]
-) -> tuple[Float[Array, "B T D"], Arrays]:
+def shift(x: Float[Array, "B T D"], last: Arrays, document: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Arrays]:
     """x of the token before, 0 where a document starts, and the last x."""
 
-    def previous(x, last, segment, segment_before):
+    def previous(x, last, document):
         weight = jnp.stack([jnp.ones_like(x[0, 0]), jnp.zeros_like(x[0, 0])])
-        return short_convolution(x, weight, last, segment, segment_before)
+        return short_convolution(x, weight, last, document)
 
     tokens, rows = (*_TOKENS, "embed"), ("batch", "tap", "embed")
-    mix = local(previous, in_axes=(tokens, rows, _TOKENS, ("batch",)), out_axes=(tokens, rows))
-    before, last_x = mix(x, last["x"], segment, segment_before)
+    mix = local(previous, in_axes=(tokens, rows, _TOKENS), out_axes=(tokens, rows))
+    before, last_x = mix(x, last["x"], document)
     return before, {"x": last_x}
 
 

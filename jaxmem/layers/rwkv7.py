@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Natural
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.norm import l2_normalize
 from jaxmem.layers.recurrent import Arrays, HeadsConfig, Parameter, Projection
@@ -33,10 +34,10 @@ GROUP_NORM_EPS = 64e-5
 class Rwkv7Config(HeadsConfig):
     """RWKV-7 with its token shift instead of a convolution."""
 
-    convolution_width: int = 0
-    decay_rank: int = 64
-    strength_rank: int = 64
-    gate_rank: int = 128
+    convolution_width: Natural = 0
+    decay_rank: Count = 64
+    strength_rank: Count = 64
+    gate_rank: Count = 128
 
     erases: ClassVar[Literal["nothing", "at k", "at b"]] = "at b"
     is_per_channel: ClassVar[bool] = True

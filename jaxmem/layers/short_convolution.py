@@ -7,13 +7,14 @@ Reference: Poli et al. 2023 (arXiv 2302.10866), section 3; used before linear re
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmem.layers.mixer import Cursor, advance, init_cursor, place_state
+from jaxmem.fields import Bounds, checked
+from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
 from jaxmem.sharding import VECTOR, constrain, local, param
 from jaxmem.sharding.folds import find_end, from_where, halo, is_first, sequence_axis, spread
 from jaxmem.typing import Array, DTypeLike, Float, Int, PRNGKeyArray
@@ -60,34 +61,30 @@ def short_convolution(
     x: Float[Array, "B T *channels"],
     weight: Float[Array, "W *channels"],
     history: Float[Array, "B W-1 *channels"],
-    segment: Int[Array, "B T"],
-    history_segment: Int[Array, "B"],
+    document: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T *channels"], Float[Array, "B W-1 *channels"]]:
-    """Convolves x behind `history`, the last W-1 inputs seen (zeros if none), all of segment `history_segment`.
+    """Convolves x behind `history`, the last W-1 inputs seen (zeros if none), all of document 1.
 
-    Segment 0 is padding at the end of a row. Returns y and the new history. Inside `local` on a mesh that splits time, a
+    Document 0 is padding at the end of a row. Returns y and the new history. Inside `local` on a mesh that splits time, a
     device reads the last W-1 inputs of the one before, in one exchange.
     """
     axis, n_history = sequence_axis(), weight.shape[0] - 1
     first = is_first(axis)
     items_before = jnp.where(first, spread(history, axis).astype(x.dtype), halo(x, n_history, axis))
-    segments_before = jnp.where(first, spread(history_segment, axis)[:, None], halo(segment, n_history, axis))
-    segments = jnp.concatenate([segments_before, segment], axis=1)
+    documents = jnp.concatenate([jnp.where(first, 1, halo(document, n_history, axis)), document], axis=1)
     items = jnp.concatenate([items_before, x], axis=1)
-    n_real, holds_end = find_end(segment != 0, axis)
-    new_history, _ = last_items(items, segments, n_history + n_real, n_history + 1)
-    return convolve(items, segments, weight), from_where(new_history.astype(history.dtype), holds_end, axis)
+    n_real, holds_end = find_end(document != 0, axis)
+    new_history, _ = last_items(items, documents, n_history + n_real, n_history + 1)
+    return convolve(items, documents, weight), from_where(new_history.astype(history.dtype), holds_end, axis)
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class ShortConvolutionConfig:
     """A short convolution over the model's width, as a mixer of its own."""
 
-    width: int = 4
+    width: Annotated[int, Bounds("[2, inf)")] = 4
     """Tokens that an output depends on, its own included."""
-
-    def __post_init__(self):
-        require_history("ShortConvolutionConfig", self.width)
 
     def make(self, d_model: int, *, rngs: nnx.Rngs) -> "ShortConvolution":
         return ShortConvolution(self, d_model, rngs=rngs)
@@ -108,7 +105,7 @@ class ShortConvolutionState(NamedTuple):
 _STATE_AXES = ShortConvolutionState(("batch", "tap", "embed"), Cursor(("batch",), ("batch",)))
 
 
-class ShortConvolution(nnx.Module):
+class ShortConvolution(SequenceMixer):
     """Every channel of x mixed with its last W-1 values; see `mixer` for how it is called.
 
     >>> layer = ShortConvolutionConfig(width=2).make(8, rngs=nnx.Rngs(0))
@@ -117,34 +114,26 @@ class ShortConvolution(nnx.Module):
     ((1, 5, 8), (1, 1, 8))
     """
 
+    state_type = ShortConvolutionState
+
     def __init__(self, config: ShortConvolutionConfig, d_model: int, *, rngs: nnx.Rngs):
         self.config, self.d_model = config, d_model
         self.weight = param(rngs, init_taps, (config.width, d_model), ("tap", "embed"), VECTOR)
 
-    def init_state(
-        self, batch: int, *, capacity: int | None = None, dtype: DTypeLike = jnp.float32
-    ) -> ShortConvolutionState:
+    def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> ShortConvolutionState:
         history = jnp.zeros((batch, self.config.width - 1, self.d_model), dtype)
         return place_state(ShortConvolutionState(history, init_cursor(batch)), _STATE_AXES)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        state: ShortConvolutionState | None = None,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], ShortConvolutionState]:
-        state = self.init_state(x.shape[0], dtype=x.dtype) if state is None else state
-        tokens, cursor = advance(state.cursor, segment_ids, x.shape[1])
-        weight = constrain(self.weight[...], "tap", "embed")
-        mix = local(
+    def mix(
+        self, x: Float[Array, "B T D"], state: ShortConvolutionState, call: Call
+    ) -> tuple[Array, ShortConvolutionState]:
+        run = local(
             short_convolution,
-            in_axes=(("batch", "time", "embed"), ("tap", "embed"), _STATE_AXES.history, ("batch", "time"), ("batch",)),
+            in_axes=(("batch", "time", "embed"), ("tap", "embed"), _STATE_AXES.history, ("batch", "time")),
             out_axes=(("batch", "time", "embed"), _STATE_AXES.history),
         )
-        y, history = mix(x, weight, state.history, tokens.segment, state.cursor.segment)
-        return y * tokens.real[..., None], ShortConvolutionState(history, cursor)
+        y, history = run(x, constrain(self.weight[...], "tap", "embed"), state.history, call.tokens.document)
+        return y, state._replace(history=history)
 
 
 def init_taps(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

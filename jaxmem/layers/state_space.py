@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count
 from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConfig
 from jaxmem.recurrences import state_space
 from jaxmem.recurrences.streams import Streams
@@ -31,11 +32,11 @@ from jaxmem.typing import Array, DTypeLike, Float, PRNGKeyArray
 class StateSpaceConfig(RecurrentConfig):
     """S4D."""
 
-    n_channels: int = 1024
+    n_channels: Count = 1024
     """The model's width."""
-    n_states: int = 64
+    n_states: Count = 64
     """N; of S4D, even."""
-    chunk_tokens: int = 32
+    chunk_tokens: Count = 32
 
     convolution_width: ClassVar[int] = 0
     is_complex: ClassVar[bool] = True

@@ -40,9 +40,9 @@ class LayerReads(NamedTuple):
 
 def no_reads(batch: int, n_tokens: int, choices: tuple[int, int], width: int, axes: Axes = CHOICES) -> TableReads:
     """Zeros for one layer's reads of a batch: `choices` are H and k, and `axes` those of ids and weights."""
-    ids = constrain(jnp.zeros((batch, n_tokens, *choices, 2)), *axes, None)
-    weights = constrain(jnp.zeros((batch, n_tokens, *choices)), *axes)
-    return TableReads(ids, weights, constrain(jnp.zeros((batch, n_tokens, width)), *X))
+    ids = constrain(jnp.zeros((batch, n_tokens, *choices, 2), jnp.float32), *axes, None)
+    weights = constrain(jnp.zeros((batch, n_tokens, *choices), jnp.float32), *axes)
+    return TableReads(ids, weights, constrain(jnp.zeros((batch, n_tokens, width), jnp.float32), *X))
 
 
 def ids_of(reads: TableReads) -> Int[Array, "*batch T H k"]:

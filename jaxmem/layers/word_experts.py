@@ -19,12 +19,13 @@ frequency and have no capacity, which the paper needs to place them on devices, 
 
 import dataclasses
 import heapq
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmem.fields import Count, Natural, checked
 from jaxmem.layers.memory_table import Activation, MemoryTable, table_to_read
 from jaxmem.layers.memory_usage import slot_weights
 from jaxmem.sharding import local
@@ -32,15 +33,16 @@ from jaxmem.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class WordExpertsConfig:
     """A mixture of word experts, in a decoder's `memories`; `mowe` is the published kind."""
 
-    n_experts: int = 32_768
+    n_experts: Count = 32_768
     """E."""
-    d_expert: int = 64
+    d_expert: Count = 64
     """F: neurons of an expert."""
     expert: Activation = "relu"
-    routing: tuple[int, ...] | None = None
+    routing: tuple[Natural, ...] | None = None
     """Expert of each id of the routing vocabulary, 0 .. E - 1; None: id mod E."""
     shared_table: bool = False
     """The experts are an argument of the call, as in `MemoryConfig`: one set for all layers."""
@@ -48,9 +50,9 @@ class WordExpertsConfig:
     """In a decoder's block: instead of the feed-forward, or added to it."""
 
     def __post_init__(self):
-        if self.n_experts < 1 or self.d_expert < 1 or self.n_slots >= 2**31:
+        if self.n_slots >= 2**31:
             raise ValueError(
-                "word experts: needs n_experts >= 1 and d_expert >= 1 with n_experts * d_expert below 2^31, "
+                "word experts: needs n_experts * d_expert below 2^31, "
                 f"got n_experts={self.n_experts}, d_expert={self.d_expert}; change one of them"
             )
         if self.routing is not None and not (
@@ -61,12 +63,6 @@ class WordExpertsConfig:
                 f"word experts: needs routing to name experts 0..{self.n_experts - 1}, got routing={got} as its least and "
                 "greatest; leave it out for id mod n_experts"
             )
-        for name, kind in (("expert", Activation), ("placement", Literal["replace", "beside"])):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"word experts: needs {name} to be one of {', '.join(get_args(kind))}, "
-                    f"got {name}={getattr(self, name)!r}; change it"
-                )
 
     @property
     def n_slots(self) -> int:

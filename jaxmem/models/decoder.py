@@ -8,18 +8,20 @@ stacked and scanned: a program's size grows with the pattern, not with the depth
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmem.fields import Count, Positive, checked
 from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
 from jaxmem.layers.memory import MemoryConfig
-from jaxmem.layers.mixer import Mixer, MixerConfig, advance, init_cursor
+from jaxmem.layers.mixer import Mixer, MixerConfig, SequenceMixer, advance, init_cursor, require_per_token, said
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
+from jaxmem.recurrences.documents import require_padding_behind
 from jaxmem.sharding import ROWS, constrain, current_rules, einsum, param
 from jaxmem.sharding.kinds import is_memory
 from jaxmem.sharding.layouts import lay_out, restore
@@ -31,35 +33,33 @@ MemoryLike = MemoryConfig | WordExpertsConfig | None
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DecoderConfig:
     """A decoder's shape; `make` builds it."""
 
-    d_model: int
-    d_ffn: int
+    d_model: Count
+    d_ffn: Count
     """Width inside the SwiGLU."""
     pattern: tuple[Any, ...]
     """Mixer configs of one repeat, first layer first."""
-    repeats: int = 1
+    repeats: Count = 1
     """How often the pattern stands; layers = repeats x len(pattern)."""
-    vocab_size: int = 256
+    vocab_size: Count = 256
     memories: tuple[Any, ...] = ()
     """Memory layers of one repeat: one `MemoryConfig`, `WordExpertsConfig` or None per mixer of the pattern; empty: none.
     Those with a shared table read one table, the decoder's, in all layers."""
     tie_embeddings: bool = True
     """Use the embedding table as output head."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     remat: Remat = "nothing"
     """What the backward pass computes again: nothing; everything but weight products (dots); whole blocks."""
-    ffn_block_tokens: int | None = None
+    ffn_block_tokens: Count | None = None
     """Tokens of a row and device that go through a feed-forward at once, for sequences whose wide activations would not fit;
     None: all."""
     dtype: Dtype = "float32"
     """Of activations; parameters, states and statistics are fp32."""
 
     def __post_init__(self):
-        for name in ("d_model", "d_ffn", "repeats", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DecoderConfig: needs {name} >= 1, got {name}={getattr(self, name)}; change it")
         if not self.pattern or not all(hasattr(mixer, "make") for mixer in self.pattern):
             raise ValueError(
                 "DecoderConfig: needs a pattern of one or more mixer configs, "
@@ -88,12 +88,6 @@ class DecoderConfig:
                     f"DecoderConfig: needs word experts with a routing of every token, got {n_words} entries for "
                     f"vocab_size={self.vocab_size}; add the others or leave routing out"
                 )
-        for name, known in (("remat", get_args(Remat)), ("dtype", get_args(Dtype))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"DecoderConfig: needs {name} to be one of {', '.join(known)}, got {name}={getattr(self, name)!r}; "
-                    "change it"
-                )
 
     @property
     def n_layers(self) -> int:
@@ -121,9 +115,12 @@ class Block(nnx.Module):
         self.ffn = None if alone else swiglu(rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: PyTree, tokens, segment_ids, positions, table, layer, real=None
+        self, x: Float[Array, "B T D"], state: PyTree, tokens, documents, table, layer, real=None
     ) -> tuple[Array, PyTree, Array | None]:
-        mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
+        """documents: keywords of the mixer; "read" is for those that read documents as ours do."""
+        if not isinstance(self.mixer, SequenceMixer):
+            documents = {name: value for name, value in documents.items() if name != "read"}
+        mixed, state = self.mixer(self.mixer_norm(x), state, **documents)
         x = x + mixed
         h = self.ffn_norm(x)
         if self.ffn is not None:
@@ -164,8 +161,11 @@ class Decoder(nnx.Module):
     def init_state(self, batch: int, *, capacity: int | None = None, dtype: DTypeLike | None = None) -> PyTree:
         """The empty state of `batch` rows; see `Mixer.init_state`."""
         dtype = self.config.dtype if dtype is None else dtype
-        empty = lambda block: block.mixer.init_state(batch, capacity=capacity, dtype=dtype)
-        return tuple(jax.vmap(lambda _, b=block: empty(b))(jnp.arange(self.config.repeats)) for block in self.blocks)
+        return self._empty(lambda mixer: mixer.init_state(batch, capacity=capacity, dtype=dtype))
+
+    def _empty(self, of_mixer: Callable[[Mixer], PyTree]) -> PyTree:
+        layers = jnp.arange(self.config.repeats)
+        return tuple(jax.vmap(lambda _, b=block: of_mixer(b.mixer))(layers) for block in self.blocks)
 
     def __call__(
         self,
@@ -190,13 +190,19 @@ class Decoder(nnx.Module):
         return self._run(tokens, state, segment_ids, positions, with_use=True)
 
     def _run(self, tokens, state, segment_ids, positions, with_use: bool = False):
+        self._require_call(tokens, state, segment_ids, positions)
+        if not tokens.size:
+            return self._of_nothing(tokens, state, with_use)
         layout = current_rules().layout
         tokens, segment_ids, positions = (
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
-        if state is None and positions is None:  # once, and not in every layer
-            start, _ = advance(init_cursor(tokens.shape[0]), segment_ids, tokens.shape[1])
-            positions = start.position
+        if segment_ids is not None:  # what stands in padding need not be a token
+            none = (tokens < 0) | (tokens >= self.config.vocab_size)
+            tokens = jnp.where(none & (segment_ids == 0), 0, tokens)
+        documents = {"segment_ids": segment_ids, "positions": positions}
+        if state is None:  # once, and not in every layer
+            documents["read"] = advance(init_cursor(tokens.shape[0]), segment_ids, tokens.shape[1])
         x = self.embedding(tokens, jnp.dtype(self.config.dtype))
         states = (None,) * len(self.blocks) if state is None else state
 
@@ -207,13 +213,41 @@ class Decoder(nnx.Module):
             layer, blocks, states = of_layer
             after, uses = [], []
             for block, before in zip(with_tables(blocks), states, strict=True):
-                x, new, use = block(x, before, tokens, segment_ids, positions, self.table, layer, real)
+                x, new, use = block(x, before, tokens, documents, self.table, layer, real)
                 after.append(new), uses.append(use)
             return x, (tuple(after), tuple(uses))
 
         layers = jnp.arange(self.config.repeats)
         x, (states, uses) = jax.lax.scan(_remat(repeat, self.config.remat), x, (layers, blocks, states))
         return self.norm(restore(x, layout, "batch", "time", "embed")), states, uses
+
+    def _require_call(self, tokens, state, segment_ids, positions) -> None:
+        if len(getattr(tokens, "shape", ())) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"Decoder: needs tokens [B T] of integers, got tokens {said(tokens)}; pass token ids, one row per sequence"
+            )
+        for name, array in (("segment_ids", segment_ids), ("positions", positions)):
+            if array is not None:
+                require_per_token("Decoder", name, array, tokens.shape)
+        if segment_ids is not None:
+            require_padding_behind("Decoder", segment_ids)
+        n = len(self.blocks)
+        if state is not None and (type(state) is not tuple or len(state) != n):
+            raise ValueError(
+                f"Decoder: needs a state with one entry per mixer of the pattern, {n}, got state {said(state)}; "
+                "pass what init_state or a call of this decoder returned, and segment_ids and positions by name"
+            )
+
+    def _of_nothing(self, tokens, state, with_use: bool):
+        """Of no tokens or no rows: hidden vectors of that shape, the state as it was, no use of memories."""
+        batch, n_tokens = tokens.shape
+        if state is None:
+            n = max(n_tokens, 1)
+            capacity = lambda mixer: mixer.capacity_for(n) if isinstance(mixer, SequenceMixer) else n
+            state = self._empty(lambda m: m.init_state(batch, capacity=capacity(m), dtype=self.config.dtype))
+        like = jax.eval_shape(lambda: self._run(jnp.zeros((1, 1), jnp.int32), None, None, None, with_use)[2])
+        hidden = jnp.zeros((batch, n_tokens, self.config.d_model), self.config.dtype)
+        return hidden, state, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vocab"]:
         """fp32 logits of hidden vectors, for a few tokens at a time; training uses `chunked_cross_entropy`."""

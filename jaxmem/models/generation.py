@@ -179,16 +179,17 @@ def generate_text(
             f"generate: needs a tokenizer of at most {model.config.vocab_size} tokens, the model's vocabulary, "
             f"got vocab_size={tokenizer.vocab_size}; use the tokenizer that the model was trained with"
         )
+    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     tokens = generate(
         model,
-        [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()],
+        prompt_ids,
         max_tokens=max_tokens,
         sampling=sampling,
         seed=seed,
         capacity=capacity,
-        allowed=np.pad(tokenizer.token_bytes > 0, (0, missing)),
+        allowed=np.pad(tokenizer.is_text, (0, missing)),
     )
-    return Generation(tokenizer.stream(tokens), tokens.statistics)
+    return Generation(tokenizer.stream(tokens, after=prompt_ids), tokens.statistics)
 
 
 def state_bytes(state: PyTree) -> int:

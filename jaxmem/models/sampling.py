@@ -9,36 +9,27 @@ Reference: Fan et al. 2018, arXiv 1805.04833 (top-k); Holtzman et al. 2020, arXi
 """
 
 import dataclasses
-import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from jaxmem.algebra.topk import top_k
+from jaxmem.fields import Bounds, Count, NonNegative, checked
 from jaxmem.typing import Array, Float, Int, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class SamplingConfig:
     """How a token is drawn. Hashable: pass it to jit as a static argument."""
 
-    temperature: float = 0.8
+    temperature: NonNegative = 0.8
     """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Draw from so many likeliest tokens; None, or more than there are, is all."""
-    top_p: float | None = None
+    top_p: Annotated[float, Bounds("(0, 1]")] | None = None
     """Draw from the fewest likeliest tokens whose probability together reaches this, at least one; None is all."""
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"sampling: needs a finite temperature >= 0, got temperature={self.temperature}; "
-                "0 takes the likeliest token, 1 is the model's own distribution"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"sampling: needs top_k >= 1, got top_k={self.top_k}; None draws from all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling: needs 0 < top_p <= 1, got top_p={self.top_p}; None draws from all tokens")
 
 
 def sample(logits: Float[Array, "B Vocab"], key: PRNGKeyArray, config: SamplingConfig) -> Int[Array, "B"]:
@@ -55,8 +46,8 @@ def sample(logits: Float[Array, "B Vocab"], key: PRNGKeyArray, config: SamplingC
     [1]
     """
     if config.temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    return jax.random.categorical(key, truncate(logits, config), axis=-1)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, truncate(logits, config), axis=-1).astype(jnp.int32)
 
 
 def truncate(logits: Float[Array, "B Vocab"], config: SamplingConfig) -> Float[Array, "B Vocab"]:

@@ -6,6 +6,8 @@ gradient, and cuDNN's backward pass takes no cotangent of lse. So this module ca
 has a cotangent leaves the backward pass to the kernels of `flash_attention_gpu`, which need no more than o and lse.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 
@@ -84,7 +86,8 @@ def _passes(static: Static):
     """JAX's module of cuDNN's two passes, and what both are told."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # JAX's public function hides what is needed here
 
-    return cudnn, {
+    wanted = inspect.signature(cudnn._dot_product_attention_fwd_impl).parameters
+    return cudnn, ({"score_mod": None} if "score_mod" in wanted else {}) | {  # from jax 0.11 on
         "scale": static.scale,
         "seed": 42,
         "dropout_rate": 0.0,

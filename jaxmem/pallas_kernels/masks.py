@@ -17,24 +17,21 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from jaxmem.fields import Count, checked
 from jaxmem.typing import Array, Bool, Int
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Mask:
     """The rule, of indices alone."""
 
     causal: bool = True
     """No key of the future, but for those of a prefix."""
-    window: int | None = None
+    window: Count | None = None
     """Only keys less than so many tokens away, its own included; None: any."""
-    chunk: int | None = None
+    chunk: Count | None = None
     """Only keys of the same chunk of so many indices; None: any."""
-
-    def __post_init__(self):
-        for name, value in (("window", self.window), ("chunk", self.chunk)):
-            if value is not None and value < 1:
-                raise ValueError(f"attention mask: needs {name} >= 1, got {name}={value}; None is no such limit")
 
 
 class Place(NamedTuple):

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -64,8 +65,8 @@ def problems() -> list[Problem]:
     return [Problem(*width, dtype, kind) for dtype, width, kind in itertools.product(DTYPES, WIDTHS, KINDS)]
 
 
-def report(chip: str, tokens: int = 8192) -> str:
-    """A table of all problems: what each kernel takes, or the compiler's message.
+def report(chip: str, tokens: int = 8192, say: Callable[[str], None] = lambda text: None) -> str:
+    """A table of all problems: what each kernel takes, or the compiler's message. `say` is told what is being compiled.
 
     Raises: ValueError for an unknown chip; RuntimeError without JAX's CUDA plugin, or if compiling them dies.
     """
@@ -74,10 +75,21 @@ def report(chip: str, tokens: int = 8192) -> str:
     with tempfile.TemporaryDirectory() as folder:
         dump = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")}
         command = [sys.executable, "-m", "jaxmem.planning.gpu_report", chip, str(tokens)]
-        done = subprocess.run(command, env=os.environ | environment() | dump, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"gpu compiler: {done.stderr.strip().splitlines()[-1]}")
-        failed = dict(re.findall(r"^failed (\S+) (.*)$", done.stdout, re.MULTILINE))
+        env = os.environ | environment() | dump
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        ):
+            failed = {}
+            for line in process.stdout:
+                what, name, *message = line.split(maxsplit=2)
+                if what == "failed":
+                    failed[name] = message[0].strip() if message else ""
+                elif what == "compiling":
+                    say(f"{chip}: compiling {name} ({message[0].strip()})")
+            if process.wait():
+                errors.seek(0)
+                raise RuntimeError(f"gpu compiler: {errors.read().strip().splitlines()[-1]}")
         lines = [
             f"{chip}: 8 query heads, 4 kv heads, {tokens} tokens; shared memory of a program, registers of a thread"
         ]
@@ -149,7 +161,8 @@ def compile_problem(chip: str, problem: Problem) -> None:
 
 
 def main(chip: str, tokens: str) -> None:
-    for problem in problems():
+    for i, problem in enumerate(every := problems()):
+        print("compiling", problem.name, f"{i + 1} of {len(every)}", flush=True)
         try:
             compile_problem(chip, dataclasses.replace(problem, tokens=int(tokens)))
         except Exception as error:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from jaxmem.fields import Count, checked
 from jaxmem.pallas_kernels.block_spans import sees_all, spans
 from jaxmem.pallas_kernels.flash_attention import flash_attention
 from jaxmem.pallas_kernels.masks import Mask, Place
@@ -25,12 +26,13 @@ from jaxmem.planning.tpu import devices, environment, full_name
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Problem:
     """Causal attention in bf16."""
 
-    heads: int = 8
-    tokens: int = 8192
-    width: int = 128
+    heads: Count = 8
+    tokens: Count = 8192
+    width: Count = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +141,12 @@ def visited(n_tokens: int, block_q: int, block_k: int) -> tuple[int, int]:
     return whole, pairs - whole
 
 
-def report(topology: str, problem: Problem = Problem()) -> Iterator[str]:
+def report(
+    topology: str, problem: Problem = Problem(), say: Callable[[str], None] = lambda text: None
+) -> Iterator[str]:
     """Lines of a table of all candidates, as they are compiled; then the ratios of the best of ours to the best of others.
+
+    `say` is told what is being compiled.
 
     Raises: ValueError for an unknown topology; RuntimeError without the libtpu package.
     """
@@ -148,7 +154,8 @@ def report(topology: str, problem: Problem = Problem()) -> Iterator[str]:
     environment()
     yield f"{topology}: causal attention, {problem}; static cycles, which ignore stalls"
     best: dict[tuple[str, bool], float] = {}
-    for candidate in candidates():
+    for i, candidate in enumerate(all_candidates := candidates()):
+        say(f"{topology}: compiling {candidate.name} ({i + 1} of {len(all_candidates)})")
         try:
             cycles, mxu = static_cycles(candidate, problem, topology)
         except RuntimeError as error:

@@ -8,7 +8,11 @@ import math
 import re
 from typing import NamedTuple
 
+from jaxmem.planning.replica_groups import is_alone
+
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)")
+_OPERAND = re.compile(r"%?([\w.\-]+)")
+_EXCHANGES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
 _ARRAY = re.compile(r"[a-z]+(\d*)\[([\d,]*)\]")
 
 
@@ -48,7 +52,7 @@ def exchanges_beside_kernels(program: str) -> list[Exchange]:
             elif operation == "collective-permute-start":
                 starts[name] = n_kernels, _n_bytes(result)
             elif operation == "collective-permute-done":
-                of = re.match(r"%?([\w.\-]+)", rest)[1]
+                of = _OPERAND.match(rest)[1]
                 start, n_bytes = starts[of]
                 here.append((of, start, n_kernels, n_bytes))
             elif operation == "collective-permute":
@@ -59,17 +63,24 @@ def exchanges_beside_kernels(program: str) -> list[Exchange]:
 
 
 def exchanged_bytes(program: str) -> dict[str, list[int]]:
-    """Bytes that each exchange of a program leaves on a device, by its kind; in a loop they count once.
+    """Bytes that each exchange of a program leaves on a device, by its kind; in a loop they count once, between a device and
+    itself not at all.
 
     >>> exchanged_bytes("  %a = f32[4,2]{1,0} all-gather(%b), dimensions={0}")
     {'all-gather': [32]}
     """
     found: dict[str, list[int]] = {}
+    alone = set()
     for line in program.splitlines():
         match = _INSTRUCTION.match(line)
-        operation = match[3].removesuffix("-done") if match else ""
-        if operation in ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute"):
-            found.setdefault(operation, []).append(sum(_array_bytes(*array) for array in _ARRAY.findall(match[2])))
+        if match is None:
+            continue
+        name, result, operation, rest = match.groups()
+        if is_alone(line) or (operation.endswith("-done") and _OPERAND.match(rest)[1] in alone):
+            alone.add(name)  # a done names its start, which names the devices
+        elif operation.removesuffix("-done") in _EXCHANGES:
+            sizes = found.setdefault(operation.removesuffix("-done"), [])
+            sizes.append(sum(_array_bytes(*array) for array in _ARRAY.findall(result)))
     return found
 
 

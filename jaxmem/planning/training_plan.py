@@ -7,6 +7,7 @@ scheduled program, and a step that does not fit fails to compile with the compil
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 
 from jaxmem.models.accounting import account
 from jaxmem.planning.overlap import Exchange, exchanges_beside_kernels
-from jaxmem.planning.tpu import devices
+from jaxmem.planning.tpu import count_devices, devices, full_name
 from jaxmem.sharding import make_mesh, named_sharding, use_mesh
 from jaxmem.sharding.attention_scheme import CHIPS
+from jaxmem.sharding.mesh import MESH_AXES, mesh_sizes
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
 from jaxmem.training.experiment import TrainConfig
-from jaxmem.training.placement import on_devices
+from jaxmem.training.placement import on_devices, require_fit
 from jaxmem.training.step import Shifted, init_state, make_train_step
 
 
@@ -58,23 +60,40 @@ class Plan:
         )
 
 
-def plan(config: TrainConfig, topology: str) -> Plan:
-    """Compiles the step of an experiment for a topology such as "v5p:8x8x8".
+def check(config: TrainConfig, topology: str) -> str:
+    """The full name of a topology that the mesh and the batch of an experiment fit; needs no compiler.
+
+    Raises: ValueError for another name, and for a mesh or batch that does not fit, in the words of `jaxmem train`.
+    """
+    name = full_name(topology)
+    require_fit(config, jax.sharding.AbstractMesh(mesh_sizes(config.mesh, count_devices(name)), MESH_AXES))
+    return name
+
+
+def plan(config: TrainConfig, topology: str, say: Callable[[str], None] = lambda text: None) -> Plan:
+    """Compiles the step of an experiment for a topology such as "v5p:8x8x8", or a slice such as "v5p-1024".
+
+    Args:
+      say: is told what is being done.
 
     Raises: ValueError for a mesh or batch that does not fit the topology; RuntimeError with the compiler's message if it
       refuses, for want of memory say.
     """
+    topology = check(config, topology)
+    say(f"{topology}: asking the compiler for its devices")
     there = devices(topology)
     mesh = make_mesh(config.mesh, there)
     rows, n_tokens = config.data.batch_size // config.accumulate, config.data.context_tokens
     with tempfile.TemporaryDirectory() as folder, use_mesh(mesh, rules_of(config.mesh)):
+        say(f"{topology}: tracing a step for {len(there)} devices")
         state = on_devices(jax.eval_shape(lambda: init_state(config)), mesh)
         part = named_sharding(mesh, None, "batch", "time")
-        batch = Shifted(*4 * [jax.ShapeDtypeStruct((config.accumulate, rows, n_tokens), jnp.int32, sharding=part)])
+        batch = Shifted(*5 * [jax.ShapeDtypeStruct((config.accumulate, rows, n_tokens), jnp.int32, sharding=part)])
         # the schedule as text: that of `compiled.as_text()` fails where exchanges are spread over several kernels
         options = (compiler_options(mesh) or {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         began = time.monotonic()
         lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+        say(f"{topology}: compiling a step for {len(there)} devices")
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:

@@ -4,12 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.recurrences.documents import known, read_documents
 from jaxmem.recurrences.engine import Implementation, recurrence
-from jaxmem.recurrences.streams import Documents, Streams
+from jaxmem.recurrences.streams import Streams
 from jaxmem.typing import Array, DTypeLike, Int
 
 CHUNK_TOKENS = 32
@@ -22,8 +22,9 @@ class Options(TypedDict, total=False):
     scale: float
     """Of q; default K^-0.5."""
     segment_ids: Int[Array, "B T"]
-    """Documents 1, 2, 3, ..., never decreasing along a row; each starts from nothing but the first, which continues
-    `state`. 0 is padding at the end of a row: passed over, with o = 0. Default: one document."""
+    """Documents, by ids above 0: each change of the id starts one from nothing; the first continues `state`. 0 is padding
+    at the end of a row: passed over, with o = 0; in front of a token it raises, or under jit makes o and the final state
+    of the row NaN. Default: one document."""
     chunk_tokens: int
     """C, a power of two from 8; default 32."""
     implementation: Implementation | None
@@ -77,7 +78,12 @@ def call(
         )
     if "g" in arrays:
         require_decays(what, arrays["g"][0])
-    documents = None if segment_ids is None else read_documents(what, segment_ids, (sizes["B"], sizes["T"]))
+    documents, broken = None, None
+    if segment_ids is not None:
+        documents, broken = read_documents(what, segment_ids, (sizes["B"], sizes["T"]))
+    if not sizes["B"] or not sizes["T"]:  # nothing to do
+        of_token = (sizes["H"], sizes["V"]) if "V" in sizes else (sizes["D"], 1)
+        return jnp.zeros((sizes["B"], sizes["T"], *of_token), dtype), state.astype(state_dtype)
     scale = sizes.get("K", 1) ** -0.5 if scale is None else scale
     make = in_float32(functools.partial(streams, scale=scale))
     o, state = recurrence(
@@ -93,7 +99,9 @@ def call(
     if beside is not None:
         o += beside
     if documents is not None:
+        of_rows = lambda a: broken.reshape(-1, *[1] * (a.ndim - 1))
         o = jnp.where(documents.real[..., None, None], o, 0)
+        o, state = (jnp.where(of_rows(a), jnp.nan, a) for a in (o, state))
     return o.astype(dtype), state.reshape(shape)
 
 
@@ -164,36 +172,3 @@ def require_decays(what: str, g: Array) -> None:
             f"{what}: needs log-decays g <= 0, got g up to {np.max(values):.3g}; "
             "pass natural logarithms of factors from 0 to 1"
         )
-
-
-def read_documents(what: str, segment_ids: Array, shape: tuple[int, int]) -> Documents:
-    """Where documents start, and which tokens are real."""
-    if segment_ids.shape != shape:
-        raise ValueError(
-            f"{what}: needs segment_ids [B T] of shape {shape}, got {segment_ids.shape}; pass one id per token"
-        )
-    require_rising(what, segment_ids)
-    real = segment_ids != 0
-    changes = (segment_ids[:, 1:] != segment_ids[:, :-1]) & real[:, 1:]
-    return Documents(jnp.pad(changes, [(0, 0), (1, 0)]), real)
-
-
-def require_rising(what: str, segment_ids: Array) -> None:
-    """Raises ValueError for segment ids that decrease, other than to padding, if their values are known."""
-    if (ids := known(segment_ids)) is None:
-        return
-    before, after = ids[:, :-1], ids[:, 1:]
-    wrong = np.any((after < before) & (after != 0) | (before == 0) & (after != 0), axis=1)
-    if np.any(wrong):
-        row = int(np.argmax(wrong))
-        raise ValueError(
-            f"{what}: needs segment_ids that never decrease along a row, with 0 (padding) at its end only, got "
-            f"{ids[row, :16].tolist()} in row {row}; number the documents of a row 1, 2, 3, ..."
-        )
-
-
-def known(x: Array) -> np.ndarray | None:
-    """The values of an array that is neither traced nor spread over other processes."""
-    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
-        return None
-    return np.asarray(x)

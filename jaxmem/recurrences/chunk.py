@@ -16,7 +16,7 @@ from jaxmem.recurrences.invariant import Invariant, Powers, Through, invariant_c
 from jaxmem.recurrences.linear_scan import scan_tokens
 from jaxmem.recurrences.products import dot, sum_to
 from jaxmem.recurrences.streams import Documents, MakeStreams, Streams, make_streams, streams_shape
-from jaxmem.recurrences.triangular import unit_lower_inverse
+from jaxmem.recurrences.triangular import unit_lower_solve
 from jaxmem.sharding.folds import spread_like
 from jaxmem.typing import Array, Float, Int, PyTree, Shaped
 
@@ -98,8 +98,7 @@ def _prepare_products(x: Streams) -> Prepared:
         keys, values = b, -dot("...ij,...jv->...iv", overlaps(read), x.v)
         extra = dot("...kc,...cv->...kv", decays.to_end(x.k), x.v)
         own = dot("...ij,...jv->...iv", own, x.v)
-    solved = unit_lower_inverse(overlaps(erased))
-    solved = dot("...ij,...jv->...iv", solved, jnp.concatenate([values, e_from_state], axis=-1))
+    solved = unit_lower_solve(overlaps(erased), jnp.concatenate([values, e_from_state], axis=-1))
     u, w = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
 
     def read_outputs(starts, written):

@@ -115,6 +115,9 @@ def gated_delta_product(
 
 def gated_delta_product_streams(q: Array, k: Array, v: Array, g: Array, beta: Array, *, scale: float) -> Streams:
     n = k.shape[-3]
+    if n == 1:  # streams of one step have no dimension of steps
+        k, v, beta = k[..., 0, :, :], v[..., 0, :, :], beta[..., 0, :]
+        return gated_delta_streams(q, k, v, g, beta, scale=scale)
     at = lambda x, place: jnp.pad(x[..., None, :, :], [(0, 0)] * (x.ndim - 2) + [place, (0, 0), (0, 0)])
     last, first = (n - 1, 0), (0, n - 1)
     return gated_delta_streams(at(q, last), k, v, at(g[..., None], first)[..., 0], beta, scale=scale)

@@ -116,8 +116,8 @@ def hippo_legs(n_states: int) -> tuple[Float[Array, "N N"], Float[Array, "N"]]:
     A_nk = -sqrt((2n + 1)(2k + 1)) below the diagonal, -(n + 1) on it; b_n = sqrt(2n + 1).
     Reference: Gu et al. 2020, "HiPPO: recurrent memory with optimal polynomial projections", arXiv 2008.07669, theorem 2.
     """
-    root = jnp.sqrt(2.0 * jnp.arange(n_states) + 1)
-    return -jnp.tril(root[:, None] * root, -1) - jnp.diag(jnp.arange(1.0, n_states + 1)), root
+    root = jnp.sqrt(2 * jnp.arange(n_states, dtype=jnp.float32) + 1)
+    return -jnp.tril(root[:, None] * root, -1) - jnp.diag(jnp.arange(1, n_states + 1, dtype=jnp.float32)), root
 
 
 def causal_convolution(x: Float[Array, "B T D"], kernel: Float[Array, "T D"]) -> Float[Array, "B T D"]:

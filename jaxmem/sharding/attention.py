@@ -19,12 +19,13 @@ arXiv 2405.07719 (both).
 import dataclasses
 import math
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxmem.algebra.softmax import Partial
+from jaxmem.fields import Count, checked
 from jaxmem.pallas_kernels.attention_core import as_cotangents, attention, forward, gradients, to_save
 from jaxmem.pallas_kernels.attention_scores import Extras, Static
 from jaxmem.pallas_kernels.flash_attention import Dropout, flash_attention, prepare, with_sinks
@@ -38,20 +39,13 @@ Keys = Literal["ring", "all_gather", "halo"]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Scheme:
     """How queries meet the keys of other devices."""
 
     keys: Keys = "ring"
-    ulysses: int = 1
+    ulysses: Count = 1
     """Neighbours between which heads take the place of tokens; divides devices and heads."""
-
-    def __post_init__(self):
-        if self.keys not in get_args(Keys):
-            raise ValueError(
-                f"attention scheme: needs keys to come by one of {', '.join(get_args(Keys))}, got {self.keys!r}; change it"
-            )
-        if self.ulysses < 1:
-            raise ValueError(f"attention scheme: needs ulysses >= 1, got ulysses={self.ulysses}; 1 is none")
 
 
 def sharded_attention(

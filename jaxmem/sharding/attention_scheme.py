@@ -36,6 +36,7 @@ class Chip:
 
 
 CHIPS = {
+    "v4": Chip(275e12, 45e9, 2, 32e9),
     "v5e": Chip(197e12, 45e9, 2, 16e9),
     "v5p": Chip(459e12, 90e9, 2, 96e9),
     "v6e": Chip(918e12, 90e9, 2, 32e9),
@@ -48,6 +49,7 @@ as in Austin et al. 2025, "How to Scale Your Model", part 2."""
 
 
 KINDS = {
+    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5": "v5p",
     "TPU v6": "v6e",

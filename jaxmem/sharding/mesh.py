@@ -3,28 +3,31 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh
 
+from jaxmem.fields import Bounds, checked
 from jaxmem.sharding.device_order import arrange
 
 MESH_AXES = ("data", "fsdp", "seq", "model")
 Layout = Literal["contiguous", "zigzag", "striped"]
+Devices = Annotated[int, Bounds("[-1, inf)")]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class MeshConfig:
     """How many devices stand along each mesh axis; at most one size may be -1, "all devices that are left"."""
 
-    data: int = -1
+    data: Devices = -1
     """Copies of the model, each with its own rows of the batch."""
-    fsdp: int = 1
+    fsdp: Devices = 1
     """Devices over which parameters *and* the batch are split; parameters are gathered when used."""
-    seq: int = 1
+    seq: Devices = 1
     """Devices over which the sequence is split."""
-    model: int = 1
+    model: Devices = 1
     """Devices over which heads, ffn width and vocabulary are split."""
     layout: Layout = "contiguous"
     """Which tokens a device of `seq` holds (`jaxmem.sharding.layouts`); a balanced one is for attention only."""
@@ -37,7 +40,7 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = self.sizes
-        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        if 0 in sizes or sizes.count(-1) > 1:
             raise ValueError(
                 "mesh: needs positive sizes with at most one -1 (the devices left over), "
                 f"got {dict(zip(MESH_AXES, sizes, strict=True))}; change the sizes"
@@ -59,6 +62,21 @@ class MeshConfig:
         return (self.data, self.fsdp, self.seq, self.model)
 
 
+def mesh_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
+    """How many of `n_devices` stand along each axis.
+
+    Raises: ValueError if the sizes do not multiply to that number.
+    """
+    fixed = math.prod(size for size in config.sizes if size != -1)
+    sizes = tuple(n_devices // fixed if size == -1 else size for size in config.sizes)
+    if math.prod(sizes) != n_devices:
+        raise ValueError(
+            f"mesh: needs data x fsdp x seq x model = {n_devices} devices, "
+            f"got {dict(zip(MESH_AXES, config.sizes, strict=True))}; change the sizes or the number of devices"
+        )
+    return sizes
+
+
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all), every axis of explicit type; TPUs along `seq` stand in rings.
 
@@ -68,13 +86,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     ('data', 'fsdp', 'seq', 'model')
     """
     devices = jax.devices() if devices is None else list(devices)
-    fixed = math.prod(size for size in config.sizes if size != -1)
-    sizes = tuple(len(devices) // fixed if size == -1 else size for size in config.sizes)
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"mesh: needs data x fsdp x seq x model = {len(devices)} devices, "
-            f"got {dict(zip(MESH_AXES, config.sizes, strict=True))}; change the sizes or the number of devices"
-        )
+    sizes = mesh_sizes(config, len(devices))
     types = (AxisType.Explicit,) * len(MESH_AXES)
     of_rings = arrange(devices, sizes, MESH_AXES.index("seq")) if devices[0].platform == "tpu" else None
     if of_rings is not None:

@@ -30,7 +30,14 @@ def param(
 
     Args:
       kind: what it is (`jaxmem.sharding.kinds`), for the optimiser; None: taken from the number of dimensions, see `kind_of`.
+
+    Raises: ValueError for rngs that are no nnx.Rngs with a stream for parameters.
     """
+    if not isinstance(rngs, nnx.Rngs) or not ("params" in rngs or "default" in rngs):
+        got = f"rngs={rngs!r}" if isinstance(rngs, int | nnx.Rngs) else f"rngs of type {type(rngs).__name__}"
+        raise ValueError(
+            f"param: needs rngs to be an nnx.Rngs, from which parameters are drawn, got {got}; pass nnx.Rngs(0)"
+        )
     if len(shape) != len(axes):
         raise ValueError(f"param: needs one logical axis per dimension, got shape={shape} and axes={tuple(axes)}")
     value = init(rngs.params(), shape, jnp.dtype(dtype))

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxmem.fields import checked
 from jaxmem.sharding.mesh import MESH_AXES, Layout, MeshConfig
 
 Axes = Sequence[str | None]
@@ -29,6 +30,7 @@ _TABLES: Mapping[str, MeshAxes] = {"slots": (), "slot_width": ("fsdp",)}
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class Rules:
     """Logical axis -> mesh axes, for parameters and for activations; () leaves a dimension whole.
 

@@ -1,11 +1,13 @@
 """Batches of packed documents for training and for held-out evaluation, with grain.
 
-    pieces -> shuffle, repeat, this process's share -> tokens -> segments -> rows -> batches
+    pieces -> tokens -> shuffle, repeat, this process's share -> segments -> rows -> batches
 
 A segment is BOS and then tokens of one piece, and always stands whole in one row, so that nothing leaks between rows
 and every token of text is a target exactly once: the target at t+1 counts where segment_ids[t+1] == segment_ids[t] != 0.
-A batch is `dict(tokens, segment_ids)`, both int32 [rows, context + 1]; segments of a row are numbered 1, 2, 3, ... and
-padding, at the end of a row, is 0.
+A batch is `dict(tokens, segment_ids, bytes)`, all int32 [rows, context + 1]; segments of a row are numbered 1, 2, 3, ...
+and padding, at the end of a row, is 0. `bytes` are those of the text that each token stands for: over an epoch they sum to
+the bytes of the text, to the byte, whatever the tokenizer does to it. BOS has none, unless it stands alone for a piece of
+which the tokenizer makes no token.
 
 grain is imported where it is used, because that takes a second.
 """
@@ -13,30 +15,36 @@ grain is imported where it is used, because that takes a second.
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxmem.fields import Bounds, Count, Seed, checked
 from jaxmem.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from jaxmem.training.formats import Formats
+from jaxmem.training.heldout import hold_out
 from jaxmem.training.pieces import Pieces, index_pieces
-from jaxmem.training.sources import DataReport, find_files, heldout_names, is_heldout_record
+from jaxmem.training.sources import DataReport, SourceFile, find_files
 
 if TYPE_CHECKING:
     import grain
 
-Batch = dict[Literal["tokens", "segment_ids"], Int[np.ndarray, "rows context+1"]]
+Batch = dict[Literal["tokens", "segment_ids", "bytes"], Int[np.ndarray, "rows context+1"]]
 
 BYTES_PER_TOKEN = 4
 """Of text in a vocabulary of words, roughly: decides how much text a piece holds."""
 GROUP_BATCHES = 4
 """Batches packed at once: more rows to choose from waste less room, and take longer to restore."""
 READS_AHEAD_PER_THREAD = 16
+WITHOUT_TOKEN = 4096
+"""Pieces in a row without a token (or as many as there are) that show that the tokenizer makes none."""
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class DataConfig:
     """Which text, how it is split, and the shape of a batch.
 
@@ -48,58 +56,66 @@ class DataConfig:
     """Folders, files or globs (`**` crosses folders). By extension .jsonl, .array_record, all else one text a file."""
     heldout: tuple[str, ...] = ()
     """The same for evaluation; its files are left out of training. Empty: a fraction of the training data."""
-    heldout_fraction: float = 0.05
-    """If `heldout` is empty: files (records, if there is only one file with records) whose name hashes below it."""
+    heldout_fraction: Annotated[float, Bounds("[0, 1)")] = 0.05
+    """If `heldout` is empty, the share of bytes that is held out: of files, documents, or one (`heldout.py`); 0: none."""
     exclude: tuple[str, ...] = ()
     """Patterns as in .gitignore, matched against paths below the folders above."""
     jsonl_field: str = "text"
     """Where the text is in a JSON object, in .jsonl and .array_record."""
     tokenizer: str = "bytes"
     """"bytes", or the path of a tokenizer.json."""
-    context_tokens: int = 1024
+    context_tokens: Annotated[int, Bounds("[4, inf)")] = 1024
     """Targets in a row; a row has one token more."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows of a batch, over all processes."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the shuffle."""
-    read_threads: int = 0
+    read_threads: Annotated[int, Bounds("[0, 1024]")] = 0
     """Threads that read and tokenise ahead. 0 is the fastest on a local disk; storage with latency needs some."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "heldout", "exclude"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(
-                    f"data: needs a tuple of paths or patterns, got {name}={getattr(self, name)!r}; "
-                    f"write ({getattr(self, name)!r},)"
-                )
-        for name, valid, condition in (
-            ("train", len(self.train) > 0, "at least one folder, file or glob to train on"),
-            ("heldout_fraction", 0 <= self.heldout_fraction < 1, "a fraction in [0, 1)"),
-            ("context_tokens", self.context_tokens >= 4, "at least 4 tokens of context, the bytes of a character"),
-            ("batch_size", self.batch_size >= 1, "at least one row in a batch"),
-            ("read_threads", self.read_threads >= 0, "no or some threads"),
-            ("seed", 0 <= self.seed < 2**32, "a seed in [0, 2**32)"),
-        ):
-            if not valid:
-                raise ValueError(f"data: needs {condition}, got {name}={getattr(self, name)!r}; change {name}")
+        if not self.train:
+            raise ValueError("DataConfig: needs at least one folder, file or glob to train on, got train=(); name one")
+
+
+class Text(NamedTuple):
+    """All text of a run, with its reports."""
+
+    train: Pieces
+    heldout: Pieces | None
+    """None: nothing is held out, and there is no evaluation."""
+
+
+def read_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> Text:
+    """The text to train on and the text kept from it, every file read once.
+
+    Raises:
+      ValueError: a path that names nothing, or a file that is not text; no text in any file; too little to divide.
+    """
+    if config.heldout:
+        return Text(training_pieces(config, tokenizer), heldout_pieces(config, tokenizer))
+    everything = _indexed(config, tokenizer, "train")
+    return Text(*hold_out(everything, config.heldout_fraction)) if config.heldout_fraction else Text(everything, None)
 
 
 def training_pieces(config: DataConfig, tokenizer: Tokenizer | None = None) -> Pieces:
-    """The text to train on, with its report.
-
-    Raises:
-      ValueError: a path that names nothing; no text in any file.
-    """
-    return _pieces(config, tokenizer, "train")
+    """The text to train on, with its report. Raises: as `read_text`."""
+    return _indexed(config, tokenizer, "train") if config.heldout else read_text(config, tokenizer).train
 
 
 def heldout_pieces(config: DataConfig, tokenizer: Tokenizer | None = None) -> Pieces:
     """The text kept from training, with its report.
 
     Raises:
-      ValueError: a path that names nothing; no text in any file; nothing held out.
+      ValueError: as `read_text`; nothing held out.
     """
-    return _pieces(config, tokenizer, "heldout")
+    heldout = _indexed(config, tokenizer, "heldout") if config.heldout else read_text(config, tokenizer).heldout
+    if heldout is None:
+        raise ValueError(
+            "heldout data: needs at least one document with text, got heldout=() and heldout_fraction=0; "
+            "name heldout files that have text or raise heldout_fraction"
+        )
+    return heldout
 
 
 def train_batches(
@@ -131,7 +147,8 @@ def train_batches(
 
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
     rows = _rows_per_process(config, process_index, process_count)
-    texts = grain.MapDataset.source(pieces or training_pieces(config, tokenizer)).shuffle(config.seed).repeat()
+    source = _Tokenised(pieces or training_pieces(config, tokenizer), tokenizer)
+    texts = grain.MapDataset.source(source).shuffle(config.seed).repeat()
     packed = _pack(texts[process_index::process_count], tokenizer, config, GROUP_BATCHES * rows)
     return iter(packed.batch(rows, drop_remainder=True))
 
@@ -163,7 +180,8 @@ def heldout_batches(
 
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
     rows = _rows_per_process(config, process_index, process_count)
-    texts = grain.MapDataset.source((pieces or heldout_pieces(config, tokenizer)).limit(max_bytes))
+    source = _Tokenised((pieces or heldout_pieces(config, tokenizer)).limit(max_bytes), tokenizer)
+    texts = grain.MapDataset.source(source)
     packed = _pack(texts, tokenizer, config, config.batch_size)
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
     mine = slice(process_index * rows, (process_index + 1) * rows)
@@ -177,29 +195,23 @@ def heldout_files(
     return heldout_pieces(config, tokenizer).limit(max_bytes).by_file()
 
 
-def _pieces(config: DataConfig, tokenizer: Tokenizer | None, split: Literal["train", "heldout"]) -> Pieces:
-    report, formats, keep = DataReport(), Formats(config.jsonl_field), None
-    files = find_files("train", config.train, config.exclude, report)
-    if config.heldout:
-        heldout = find_files("heldout", config.heldout, config.exclude, report)
-        paths = {os.path.realpath(file.path) for file in heldout}
-        files = heldout if split == "heldout" else [f for f in files if os.path.realpath(f.path) not in paths]
-    elif len(files) == 1 and formats.has_records(files[0].path):
-        held = functools.partial(is_heldout_record, fraction=config.heldout_fraction)
-        keep = held if split == "heldout" else lambda name, position: not held(name, position)
+def _indexed(config: DataConfig, tokenizer: Tokenizer | None, split: Literal["train", "heldout"]) -> Pieces:
+    """All text of the files to train on, those of `config.heldout` left out, or of these."""
+    report = DataReport()
+    heldout = find_files("heldout", config.heldout, config.exclude, report) if config.heldout else []
+    if split == "heldout":
+        files: list[SourceFile] = heldout
     else:
-        names = heldout_names(files, config.heldout_fraction)
-        files = [file for file in files if (file.name in names) == (split == "heldout")]
+        paths = {os.path.realpath(file.path) for file in heldout}
+        found = find_files("train", config.train, config.exclude, report)
+        files = [file for file in found if os.path.realpath(file.path) not in paths]
 
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
     bytes_per_token = 1 if isinstance(tokenizer, ByteTokenizer) else BYTES_PER_TOKEN
-    pieces = index_pieces(files, formats, config.context_tokens * bytes_per_token, report, keep)
+    pieces = index_pieces(files, Formats(config.jsonl_field), config.context_tokens * bytes_per_token, report)
     if not pieces:
-        remedies = {
-            "train": "put more text there or hold out less",
-            "heldout": "name heldout files that have text or raise heldout_fraction",
-        }
-        raise ValueError(f"{split} data: needs at least one document with text, got {report}; {remedies[split]}")
+        remedy = "name heldout files that have text" if split == "heldout" else "put more text there or hold out less"
+        raise ValueError(f"{split} data: needs at least one document with text, got {report}; {remedy}")
     return pieces
 
 
@@ -217,20 +229,60 @@ def _rows_per_process(config: DataConfig, process_index: int, process_count: int
     return config.batch_size // process_count
 
 
+class _Tokenised:
+    """What grain reads from: of every piece [T, 2], its tokens and the bytes of text that each stands for.
+
+    Raises, when read: ValueError if the tokenizer fails on a piece, or makes no token of thousands in a row.
+    """
+
+    def __init__(self, pieces: Pieces, tokenizer: Tokenizer) -> None:
+        self._pieces, self._tokenizer = pieces, tokenizer
+        self._without_token = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, piece: int) -> Int[np.ndarray, "T 2"]:
+        text = self._pieces[piece]
+        try:
+            tokens = np.stack(self._tokenizer.encode_counted(text), axis=-1)
+        except ValueError as error:
+            raise ValueError(f"data: cannot use {self._pieces.name(piece)!r}: {error}") from error
+        if len(tokens):
+            self._without_token = 0
+        elif text:
+            self._count(piece, text)
+            return np.array([[self._tokenizer.bos_id, len(text)]], np.int32)
+        return tokens
+
+    def _count(self, piece: int, text: bytes) -> None:
+        with self._lock:
+            self._without_token += 1
+            if self._without_token >= min(len(self), WITHOUT_TOKEN):
+                raise ValueError(
+                    f"data: needs a tokenizer that makes tokens of this text, got none of {self._without_token:,} "
+                    f"pieces in a row, the last {text[:40].decode(errors='replace')!r} of "
+                    f"{self._pieces.name(piece)!r}; use another tokenizer"
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Segments:
-    """What grain's flat-map calls: the tokens of a piece as segments of at most context + 1 tokens, each behind a BOS."""
+    """What grain's flat-map calls: a piece as segments of at most context + 1 tokens, each behind a BOS."""
 
     bos_id: int
     context_tokens: int
 
-    def flat_map(self, tokens: Int[np.ndarray, "T"]) -> list[dict[str, Int[np.ndarray, "S"]]]:
-        starts = range(0, len(tokens), self.context_tokens)
-        return [{"tokens": np.append(np.int32(self.bos_id), tokens[i : i + self.context_tokens])} for i in starts]
+    def flat_map(self, piece: Int[np.ndarray, "T 2"]) -> list[dict[str, Int[np.ndarray, "S 2"]]]:
+        if len(piece) == 1 and piece[0, 0] == self.bos_id:  # no token, only bytes
+            return [{"tokens": piece}]
+        bos, starts = np.array([[self.bos_id, 0]], np.int32), range(0, len(piece), self.context_tokens)
+        return [{"tokens": np.concatenate([bos, piece[i : i + self.context_tokens]])} for i in starts]
 
 
 def _pack(
-    texts: "grain.MapDataset[bytes]", tokenizer: Tokenizer, config: DataConfig, n_rows: int
+    tokens: "grain.MapDataset[np.ndarray]", tokenizer: Tokenizer, config: DataConfig, n_rows: int
 ) -> "grain.IterDataset":
     """Rows of packed segments: `n_rows` are filled at a time, each segment goes into the first with room for it."""
     import grain
@@ -239,9 +291,13 @@ def _pack(
     ahead = grain.ReadOptions(
         num_threads=config.read_threads, prefetch_buffer_size=config.read_threads * READS_AHEAD_PER_THREAD
     )
-    tokens = texts.map(tokenizer.encode).to_iter_dataset(ahead)
-    segments = FlatMapIterDataset(tokens, _Segments(tokenizer.bos_id, config.context_tokens))
+    segments = FlatMapIterDataset(tokens.to_iter_dataset(ahead), _Segments(tokenizer.bos_id, config.context_tokens))
     rows = FirstFitPackIterDataset(
         segments, length_struct={"tokens": config.context_tokens + 1}, num_packing_bins=n_rows, shuffle_bins=False
     )
-    return rows.map(lambda row: {"tokens": row["tokens"], "segment_ids": row["tokens_segment_ids"]})
+    return rows.map(_as_row)
+
+
+def _as_row(packed: dict[str, np.ndarray]) -> Batch:
+    tokens = packed["tokens"]
+    return {"tokens": tokens[..., 0], "segment_ids": packed["tokens_segment_ids"], "bytes": tokens[..., 1]}

@@ -81,14 +81,14 @@ def make_eval_step(config: DecoderConfig) -> Callable[[nnx.State, Shifted], Eval
 def evaluate(
     step: Callable[[Shifted], EvalStep],
     batches: Iterable[Batch],
-    token_bytes: Int[np.ndarray, "vocab"],
     config: DecoderConfig,
     place: Callable[[np.ndarray], Array],
 ) -> Evaluation:
     """Runs `step(batch)` over all batches and sums up on the host, in fp64; the use of memories where it is, in fp32.
 
+    Bits per byte are over the bytes of the text that the batches were made of, each counted once.
+
     Args:
-      token_bytes: bytes of text that each token stands for.
       place: puts a host array where the step wants it.
     """
     nats, text, tokens, read, use, sure, slots = None, None, 0, 0, None, None, None
@@ -96,12 +96,12 @@ def evaluate(
         found = step(jax.tree.map(place, shifted(batch)))
         slots = found.memory_use if slots is None else _add(slots, found.memory_use)
         found = jax.device_get(found._replace(memory_use=()))
-        targets, counts = found.batch.targets, found.batch.counts
-        position = _positions(found.batch.segment_ids)[counts]
+        counts = found.batch.counts
+        position = _positions(found.batch.segment_ids)
         if nats is None:
-            nats, text = np.zeros(targets.shape[1]), np.zeros(targets.shape[1])
-        np.add.at(nats, position, found.nats.astype(np.float64)[counts])
-        np.add.at(text, position, token_bytes[targets[counts]])
+            nats, text = np.zeros(counts.shape[1]), np.zeros(counts.shape[1], np.int64)
+        np.add.at(nats, position[counts], found.nats.astype(np.float64)[counts])
+        np.add.at(text, np.where(counts, position, 0), found.batch.target_bytes)  # of pieces without a token: at 0
         tokens, read = tokens + int(counts.sum()), read + int((found.batch.segment_ids != 0).sum())
         use, sure = _add_up(use, found.router_use), _add_up(sure, found.router_probability)
     if nats is None or not text.sum():

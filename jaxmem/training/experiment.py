@@ -1,11 +1,18 @@
 """An experiment: everything that decides a run, as one frozen dataclass, and the Python file that makes it."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import inspect
+import re
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
+from jaxmem.arguments import nearest
 from jaxmem.checkpoints import CheckpointConfig
+from jaxmem.fields import Count, Natural, NonNegative, Seed, checked, shown
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig
 from jaxmem.training.data import DataConfig
@@ -13,38 +20,36 @@ from jaxmem.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class TrainConfig:
     """A training run, resolved: the same config on the same machine and versions gives the same parameters, bit for bit."""
 
     model: DecoderConfig
     data: DataConfig
     optimizer: OptimizerConfig
-    steps: int
+    steps: Count
     """Updates of the parameters."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts of a batch whose gradients are added up before an update; divides the batch."""
-    load_balance: float = 0.01
+    load_balance: NonNegative = 0.01
     """Weight of the routers' load-balancing loss."""
-    core_rank_penalty: float = 0.0
+    core_rank_penalty: NonNegative = 0.0
     """Weight of what keeps the Tucker cores of UltraMem's keys near rank 1 (`tucker_keys.rank_penalty`)."""
-    z_loss: float = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of the squared log-partition of the output."""
-    eval_every_steps: int = 500
+    eval_every_steps: Count = 500
     """Held-out evaluation; one more comes at the end."""
-    eval_bytes: int | None = None
+    eval_bytes: Count | None = None
     """Held-out bytes per evaluation on the way; None is all. The last evaluation takes all."""
     sample_prompt: str = ""
     """What the trained model continues for the report."""
-    sample_tokens: int = 0
-    seed: int = 0
+    sample_tokens: Natural = 0
+    seed: Seed = 0
     """Of the initial parameters."""
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "eval_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: needs {name} >= 1, got {name}={getattr(self, name)}; change it")
         if self.data.batch_size % self.accumulate:
             raise ValueError(
                 "TrainConfig: needs data.batch_size divisible by accumulate, "
@@ -60,7 +65,8 @@ class TrainConfig:
 def load_experiment(path: str | Path) -> TrainConfig:
     """The config of an experiment file: what its function `config()` returns.
 
-    Raises: ValueError for a file that is not there or has no such function.
+    Raises: ValueError for a file that is not there or has no such function, and for whatever the file itself raises, with
+      the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,12 +77,60 @@ def load_experiment(path: str | Path) -> TrainConfig:
     if spec is None or spec.loader is None:
         raise ValueError(f"experiment: needs a file that ends in .py, got {str(path)!r}; rename it")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    config = getattr(module, "config", None)
-    if not callable(config) or not isinstance(experiment := config(), TrainConfig):
+    is_new = sys.modules.setdefault(path.stem, module) is module
+    try:
+        with found_beside(path):
+            spec.loader.exec_module(module)
+            config = getattr(module, "config", None)
+            made = config() if inspect.isroutine(config) else config
+    except (Exception, SystemExit) as error:
+        if is_new:
+            del sys.modules[path.stem]
+        raise ValueError(explained(error, path)) from error
+    if not isinstance(made, TrainConfig) or made is config:
+        got = (
+            "none" if config is None else f"{shown(made)} {'from it' if inspect.isroutine(config) else 'of that name'}"
+        )
         raise ValueError(
-            f"experiment: needs a function config() that returns a TrainConfig, got none in {str(path)!r}; "
+            f"experiment: needs a function config() that returns a TrainConfig, got {got} in {str(path)!r}; "
             "experiments/quickstart.py is one to copy"
         )
-    return experiment
+    return made
+
+
+@contextlib.contextmanager
+def found_beside(path: Path) -> Iterator[None]:
+    """Modules in the folder of a file can be imported, as when Python is started with that file."""
+    folder = str(path.resolve().parent)
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def explained(error: BaseException, path: Path) -> str:
+    """One sentence: the line of the experiment file that an error comes from, and what it says."""
+    frames = [frame for frame in traceback.walk_tb(error.__traceback__) if frame[0].f_code.co_filename == str(path)]
+    line = frames[-1][1] if frames else None
+    text = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        inside = error.filename == str(path)
+        line, text = (
+            (error.lineno, error.msg) if inside else (line, f"{error.msg} in {error.filename}, line {error.lineno}")
+        )
+    where = f"experiment {path}" + (f", line {line}" if line else "")
+    unknown = re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'.*", text)
+    cls = frames[-1][0].f_globals.get(unknown[1]) if unknown and frames else None
+    if dataclasses.is_dataclass(cls):
+        known = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(cls)}
+        near = known.get(nearest(unknown[2].replace("_", "-"), known))
+        advice = f"did you mean {near}?" if near else f"it has {', '.join(known.values())}"
+        return f"{where}: {unknown[1]}: needs fields that it has, got {unknown[2]}; {advice}"
+    if isinstance(error, ValueError) and ": needs " in text:
+        return f"{where}: {text}"
+    got = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    advice = f"install {missing}, or put {missing}.py beside it" if missing else "correct it"
+    return f"{where}: needs a file that runs without an error, got {got}; {advice}"

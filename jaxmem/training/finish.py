@@ -5,6 +5,7 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -25,8 +26,8 @@ def finish(
     config: TrainConfig,
     tokenizer: Tokenizer,
     params: nnx.State,
-    heldout: Pieces,
-    evaluation: Evaluation,
+    heldout: Pieces | None,
+    evaluation: Evaluation | None,
     metrics: MetricsWriter,
     run_dir: Path,
     began: float,
@@ -34,6 +35,7 @@ def finish(
     """Writes the "final" line and report.html; returns a few lines that say how the run went.
 
     Args:
+      heldout, evaluation: None: no text was held out, and nothing is said of it.
       began: time.monotonic() when this process began the run.
     """
     model = merge(config.model, params)
@@ -43,15 +45,14 @@ def finish(
 
         text = generate_text(model, tokenizer, config.sample_prompt, max_tokens=config.sample_tokens, seed=config.seed)
         sample = "".join(text)
-    piece_bytes = round(config.data.context_tokens * evaluation.n_bytes / evaluation.n_tokens)
-    compression = compress_sizes(heldout.by_file(), piece_bytes)
+    measured, rows = {}, ["no held-out text: nothing was evaluated"]
+    if heldout is not None and evaluation is not None:
+        measured, rows = _compared(config, heldout, evaluation)
     tokens_per_step = config.data.batch_size * config.data.context_tokens
     metrics.write(
         "final",
         config.steps,
-        bits_per_byte=evaluation.bits_per_byte,
-        n_bytes=evaluation.n_bytes,
-        compression=compression,
+        **measured,
         n_parameters=count_parameters(model),
         n_tokens=config.steps * tokens_per_step,
         wall_s=time.monotonic() - began,
@@ -62,12 +63,20 @@ def finish(
         | {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
     )
     path = write_report(run_dir)
+    return "\n".join([*rows, f"report: {path}"])
+
+
+def _compared(config: TrainConfig, heldout: Pieces, evaluation: Evaluation) -> tuple[dict[str, Any], list[str]]:
+    """Fields of the "final" line and a few lines of text: the model's bits per byte beside those of compressors."""
+    from jaxmem.training.router_plots import collapse  # draws, so not before there is something to draw
+
+    piece_bytes = max(round(config.data.context_tokens * evaluation.n_bytes / evaluation.n_tokens), 1)
+    compression = compress_sizes(heldout.by_file(), piece_bytes)
     rows = [f"  {'this model':12} {evaluation.bits_per_byte:6.3f} in pieces of {piece_bytes} bytes"]
     rows += [
         f"  {r.program:12} {r.bits_per_byte_pieces:6.3f} in pieces, {r.bits_per_byte_whole:.3f} whole files"
         for r in compression
     ]
-    from jaxmem.training.router_plots import collapse  # draws, so not before there is something to draw
-
     rows += [collapsed] if (collapsed := collapse(dataclasses.asdict(evaluation))) else []
-    return "\n".join(["held-out bits per byte:", *rows, f"report: {path}"])
+    measured = {"bits_per_byte": evaluation.bits_per_byte, "n_bytes": evaluation.n_bytes, "compression": compression}
+    return measured, ["held-out bits per byte:", *rows]

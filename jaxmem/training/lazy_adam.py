@@ -24,6 +24,7 @@ import optax
 from jaxmem.pallas_kernels.memory_lookup import RowGradient
 from jaxmem.sharding import constrain, local
 from jaxmem.sharding.tables import TABLE
+from jaxmem.training.adam import bias, moved
 from jaxmem.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -66,7 +67,7 @@ def sparse_adam(
     learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
     """The same as torch.optim.SparseAdam does it: eps is added before the bias of v is corrected, as eps / sqrt(1 - b2^t)."""
-    return _adam_of_rows(learning_rate, b1, b2, lambda count: eps / jnp.sqrt(1 - b2**count), 0.0, None)
+    return _adam_of_rows(learning_rate, b1, b2, lambda count: eps / jnp.sqrt(bias(b2, count)), 0.0, None)
 
 
 def _adam_of_rows(
@@ -99,8 +100,8 @@ def _adam_of_rows(
         def of_table(numbers, gradient: RowGradient, mu, nu, table):
             count, rate = numbers
             rows, g = gradient.rows, gradient.sums
-            m, v = b1 * _get(mu, rows) + (1 - b1) * g, b2 * _get(nu, rows) + (1 - b2) * g**2
-            step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps(count))
+            m, v = moved(_get(mu, rows), g, b1), moved(_get(nu, rows), g**2, b2)
+            step = m / bias(b1, count) / (jnp.sqrt(v / bias(b2, count)) + eps(count))
             if weight_decay:
                 step += weight_decay * _get(table, rows).astype(jnp.float32)
             return gradient._replace(sums=-rate * step), _set(mu, rows, m), _set(nu, rows, v)

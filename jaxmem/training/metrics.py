@@ -1,10 +1,11 @@
 """The numbers of a run: one JSON line each in metrics.jsonl, and the scalars among them as TensorBoard events.
 
 A line is {"kind": ..., "step": ..., name: value, ...}. JSON has no word for NaN and infinity; they are written as the
-strings "NaN", "Infinity" and "-Infinity", as in protobuf's JSON, and `read_metrics` gives them back as floats.
+strings "NaN", "Infinity" and "-Infinity", as in protobuf's JSON, and `read_metrics` gives them back as floats. A text that
+reads so, as a sample may, is written with a backslash before it.
 
 However often a run is killed and resumed, its file has one line per kind and step, in order: resuming at step k drops
-what lies after k, and a line that the kill cut in half.
+what lies after k, and a line that the kill cut in half. What is more than a kill can leave goes to metrics.after_k.jsonl.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 TENSORBOARD_FLUSH_S = 10
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_LIKE_NON_FINITE = re.compile(r"\\*(NaN|-?Infinity)")
 
 
 class MetricsWriter:
@@ -36,13 +39,18 @@ class MetricsWriter:
         run_dir: the run's folder; made if missing.
         resume_step: None for a new run. After an interruption, the step whose state was restored (0 when nothing was
             saved): lines of later steps are dropped, and so are "final" lines, since the run goes on.
+        drop_steps: lines of more steps than these after `resume_step` are kept in another file, metrics.after_STEP.jsonl:
+            they belong to checkpoints that are damaged, missing, or not wanted. None: they are dropped, however many.
+
+    Attributes:
+        notes: sentences on what was dropped, kept elsewhere, or is missing.
 
     Raises:
         ValueError: `resume_step` is None and the folder already has metrics.
-        ValueError: metrics.jsonl has an unreadable line before its last.
+        ValueError: metrics.jsonl has an unreadable line.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], resume_step: int | None = None):
+    def __init__(self, run_dir: str | os.PathLike[str], resume_step: int | None = None, drop_steps: int | None = None):
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
@@ -53,7 +61,8 @@ class MetricsWriter:
                 "choose another folder, or resume the run in it"
             )
         kept = [r for r in records if r["step"] <= resume_step and r["kind"] != "final"]
-        replace_file(path, "".join(_to_line(r) for r in kept))
+        self.notes = _set_aside(path, records, resume_step, drop_steps) if resume_step else []
+        replace_file(path, "".join(_to_line(_to_plain(r)) for r in kept))
 
         self._resume_step = resume_step
         self._last_step = {r["kind"]: r["step"] for r in kept}
@@ -156,22 +165,42 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder has no metrics.jsonl.
-        ValueError: a line before the last is no JSON.
+        ValueError: a line, other than a last one that does not end, is no JSON object with a kind and a step.
     """
     path = Path(run_dir) / METRICS_FILE
-    lines = path.read_bytes().splitlines()
+    lines = path.read_bytes().splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"metrics: needs JSON on every line but the last, got line={number} of {path}; repair or remove it"
-                ) from error
-        else:
-            records.append(_with_non_finite(record))
+        except (ValueError, RecursionError):
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            record = None
+        if not (isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step")) is int):
+            raise ValueError(
+                f"metrics: needs a JSON object with kind and step on every line, got line={number} of {path} without; "
+                "repair or remove that line"
+            )
+        records.append(_with_non_finite(record))
     return records
+
+
+def _set_aside(path: Path, records: list[dict[str, Any]], step: int, drop_steps: int | None) -> list[str]:
+    """Keeps the lines of more than `drop_steps` steps after `step` in a file of their own; returns what to tell."""
+    last = max((r["step"] for r in records if r["kind"] == "train"), default=0)
+    if last < step:
+        return [f"{path} has no lines of steps {last + 1} to {step}: they are lost, the run is not"]
+    later = "".join(_to_line(_to_plain(r)) for r in records if r["step"] > step)
+    if last == step or not later:
+        return []
+    notes = [f"steps {step + 1} to {last}, which metrics.jsonl has already, are made again"]
+    if drop_steps is not None and last > step + drop_steps:
+        other = path.with_name(f"{path.stem}.after_{step}{path.suffix}")
+        before = other.read_text(encoding="utf-8") if other.exists() else ""
+        replace_file(other, before + later)
+        notes.append(f"their lines are kept in {other}")
+    return notes
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -185,8 +214,8 @@ def replace_file(path: Path, text: str) -> None:
         os.replace(part, path)
 
 
-def _to_line(record: dict[str, Any]) -> str:
-    return json.dumps(_to_plain(record), allow_nan=False) + "\n"
+def _to_line(plain: dict[str, Any]) -> str:
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def _to_plain(value: Any) -> Any:
@@ -201,6 +230,8 @@ def _to_plain(value: Any) -> Any:
         return _to_plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str) and _LIKE_NON_FINITE.fullmatch(value):
+        return "\\" + value
     return value
 
 
@@ -209,4 +240,6 @@ def _with_non_finite(value: Any) -> Any:
         return {name: _with_non_finite(v) for name, v in value.items()}
     if isinstance(value, list):
         return [_with_non_finite(v) for v in value]
-    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+    if isinstance(value, str) and _LIKE_NON_FINITE.fullmatch(value):
+        return NON_FINITE[value] if value in NON_FINITE else value[1:]
+    return value

@@ -2,8 +2,11 @@
 
 import math
 
+from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.step import StepMetrics
 from jaxmem.training.tables import TABLES
+
+MAX_ROWS = "optimizer.tables.max_rows"
 
 
 class NotFinite(RuntimeError):
@@ -20,9 +23,25 @@ def describe_not_finite(step: int, told: StepMetrics) -> str:
             break
     else:
         where = "the loss alone, all parameters, gradients and updates are finite"
-    too_many = "(or raise optimizer.tables.max_rows, if the step read more) " if TABLES in where else ""
+    too_many = f"; if the step read more rows of tables, raise {MAX_ROWS}" if TABLES in where else ""
     return (
         f"step {step}: needs a finite loss, gradients and updates, got loss={told.nats / max(told.n_targets, 1)}, "
-        f"grad_norm={told.grad_norm}; not finite: {where}; the step was not made and the checkpoints before it are kept; "
-        f"lower optimizer.learning_rate or optimizer.clip_norm {too_many}and start from the last one"
+        f"grad_norm={told.grad_norm}; not finite: {where}; the step was not made and the checkpoints before it are kept"
+        + too_many
     )
+
+
+def advice(config: TrainConfig, steps: list[int], command: str) -> str:
+    """How to go on: with half the rate, from the last checkpoint or, where that has diverged already, from one before.
+
+    Args:
+      steps: of the checkpoints, oldest first.
+      command: what started the run.
+    """
+    lower = f"{command} --resume --optimizer.learning-rate {config.optimizer.learning_rate / 2:g}"
+    if not steps:
+        return "there is none yet: lower optimizer.learning_rate or optimizer.clip_norm, and start anew with --out"
+    earlier = (
+        f"; if its state has diverged already, --from-step {steps[-2]} goes back further" if len(steps) > 1 else ""
+    )
+    return f"to go on from step {steps[-1]} with half the rate (or lower optimizer.clip_norm): {lower}{earlier}"

@@ -24,16 +24,19 @@ Scalable for LLM Training, arXiv:2502.16982, eq. 4 (the factor 0.2); Hu et al. 2
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
+from jaxmem.fields import Bounds, Count, Decay, Fraction, Natural, NonNegative, Positive, checked
 from jaxmem.sharding import VECTOR, current_mesh
 from jaxmem.sharding.kinds import Matrix, kind_of, sides
+from jaxmem.training.adam import scale_by_adam
 from jaxmem.training.lazy_adam import lazy_adam
 from jaxmem.typing import Array, Float, Int, PyTree
 
@@ -44,6 +47,7 @@ Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class TableOptimizerConfig:
     """How memory tables are updated; the schedule's form is that of the other parameters.
 
@@ -52,38 +56,22 @@ class TableOptimizerConfig:
 
     update: Literal["lazy", "dense"] = "lazy"
     """Adam of the rows that a step read, others stay as they are; or AdamW of whole tables, with dense gradients."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """The highest; > 0."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Of rows that are read (lazy) or of all (dense), per step and per unit of the learning rate; >= 0."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest L2 norm of all tables' gradients together; > 0. None: they are not clipped."""
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    max_rows: int | None = None
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Positive = 1e-8
+    max_rows: Count | None = None
     """Most rows of a table that a step may read on each device that holds a part of it; a step that reads more is not made.
     Bounds memory: None takes the number of reads, each of which may be another row's."""
 
-    def __post_init__(self):
-        for name, condition, holds in (
-            ("update", "lazy or dense", self.update in ("lazy", "dense")),
-            ("learning_rate", "> 0", self.learning_rate > 0),
-            ("weight_decay", ">= 0", self.weight_decay >= 0),
-            ("clip_norm", "> 0 or None", self.clip_norm is None or self.clip_norm > 0),
-            ("b1", "in [0, 1)", 0 <= self.b1 < 1),
-            ("b2", "in [0, 1)", 0 <= self.b2 < 1),
-            ("eps", "> 0", self.eps > 0),
-            ("max_rows", ">= 1 or None", self.max_rows is None or self.max_rows >= 1),
-        ):
-            if not holds:
-                raise ValueError(
-                    f"optimizer: needs tables.{name} {condition}, got {name}={getattr(self, name)}; "
-                    "change TableOptimizerConfig"
-                )
-
 
 @dataclasses.dataclass(frozen=True)
+@checked
 class OptimizerConfig:
     """How parameters are updated.
 
@@ -92,48 +80,35 @@ class OptimizerConfig:
 
     kind: Literal["adamw", "muon"] = "adamw"
     """Direction of matrices; everything else is AdamW's."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """The highest, after warm-up; > 0."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps over which the rate rises linearly, the first of them at learning_rate / warmup_steps; >= 0."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: half a cosine; stable, then a linear decay; or constant."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, Bounds("(0, 1]")] = 0.2
     """wsd: the part of all steps, at the end, over which the rate decays; in (0, 1]."""
-    final_fraction: float = 0.1
+    final_fraction: Fraction = 0.1
     """The rate at the end of cosine or wsd, as a part of learning_rate; in [0, 1]."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Of matrices and rows, per step and per unit of the learning rate; >= 0."""
-    b1: float = 0.9
+    b1: Decay = 0.9
     """Adam's decay of the mean of gradients; in [0, 1)."""
-    b2: float = 0.95
+    b2: Decay = 0.95
     """Adam's decay of the mean of their squares; in [0, 1)."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Adam's, added to the root of that mean; > 0."""
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """Muon's decay of the mean of gradients (Nesterov); in [0, 1)."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest L2 norm of all gradients together; > 0. None: gradients are not clipped."""
+    on_new_steps: Literal["restate", "continue"] = "restate"
+    """Rates of a run that is resumed with another number of steps: those of a run of that number, which may jump; or on from
+    the rate reached, down to the final one at the new end (`jaxmem.training.rates`)."""
+    continued: tuple[int, float] | None = None
+    """Kept by the run: the step at which it was last resumed to `continue`, the rate reached as a part of learning_rate."""
     tables: TableOptimizerConfig = TableOptimizerConfig()
     """Of memory tables, if there are any: a group apart, of which nothing above holds but the form of the schedule."""
-
-    def __post_init__(self):
-        for name, condition, holds in (
-            ("learning_rate", "> 0", self.learning_rate > 0),
-            ("warmup_steps", ">= 0", self.warmup_steps >= 0),
-            ("decay_fraction", "in (0, 1]", 0 < self.decay_fraction <= 1),
-            ("final_fraction", "in [0, 1]", 0 <= self.final_fraction <= 1),
-            ("weight_decay", ">= 0", self.weight_decay >= 0),
-            ("b1", "in [0, 1)", 0 <= self.b1 < 1),
-            ("b2", "in [0, 1)", 0 <= self.b2 < 1),
-            ("eps", "> 0", self.eps > 0),
-            ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
-            ("clip_norm", "> 0 or None", self.clip_norm is None or self.clip_norm > 0),
-        ):
-            if not holds:
-                raise ValueError(
-                    f"optimizer: needs {name} {condition}, got {name}={getattr(self, name)}; change OptimizerConfig"
-                )
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
@@ -143,7 +118,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
 
     shape falls from 1 to final_fraction between the end of warm-up (cosine), or the last decay_fraction of all steps
     (wsd), and total_steps. In a run too short for both, as when an experiment is cut to a few steps to try it, warm-up
-    and decay overlap.
+    and decay overlap. From the step at which the run was `continued` shape falls from what it had reached: a cosine over all
+    steps that were left, wsd over the last decay_fraction of all, as far as they were left.
 
     Raises: ValueError if total_steps is not positive.
 
@@ -151,24 +127,40 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     >>> [round(float(rate(step)), 2) for step in (0, 3, 4, 8, 12)]
     [0.25, 1.0, 1.0, 0.5, 0.0]
     """
+    if total_steps < 1:
+        raise ValueError(f"schedule: needs total_steps >= 1, got total_steps={total_steps}; train for some steps")
+    rate = _rate(config, total_steps)
+    return lambda step: rate(jnp.asarray(step, jnp.float32), jnp)
+
+
+def rate_of(config: OptimizerConfig, total_steps: int, step: int) -> float:
+    """The same of one step, as a number."""
+    return float(_rate(config, total_steps)(np.float64(step), np))
+
+
+def _rate(config: OptimizerConfig, total_steps: int) -> Callable[[Any, Any], Any]:
+    """The rate of a step, in jnp or numpy."""
+    start, highest = config.continued or (config.warmup_steps, 1.0)
+    warmup_steps = 1 if config.continued else max(1, config.warmup_steps)
+    left = max(0, total_steps - start)
     decay_steps = {
-        "cosine": max(0, total_steps - config.warmup_steps),
+        "cosine": left,
         "wsd": max(1, round(config.decay_fraction * total_steps)),
         "constant": 0,
     }[config.schedule]
-    if total_steps < 1:
-        raise ValueError(f"schedule: needs total_steps >= 1, got total_steps={total_steps}; train for some steps")
+    if config.continued:  # no part of a decay lies before that
+        decay_steps = min(decay_steps, left)
+    drop = highest - min(highest, config.final_fraction)
 
-    def rate(step):
-        step = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((step - (total_steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
+    def rate(step, xp):
+        done = xp.clip((step - (total_steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
         fall = {
-            "cosine": (1 - jnp.cos(jnp.pi * done)) / 2,
+            "cosine": (1 - xp.cos(xp.pi * done)) / 2,
             "wsd": done,
             "constant": 0.0,
         }[config.schedule]
-        rise = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
-        return config.learning_rate * rise * (1 - (1 - config.final_fraction) * fall)
+        rise = xp.minimum(1.0, (step + 1) / warmup_steps)
+        return config.learning_rate * rise * (highest - drop * fall)
 
     return rate
 
@@ -192,7 +184,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
                 f"optimizer: needs parameters with logical axes, got {type(variable).__name__} without axes; "
                 "make parameters with jaxmem.sharding.param"
             )
-    direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    direction = scale_by_adam(config.b1, config.b2, config.eps)
     if config.kind == "muon":
         dimensions = [matrix_dimensions(variable) for variable in variables]
         labels = ["muon" if numbers and numbers.output_axis else "adamw" for numbers in dimensions]
@@ -214,7 +206,12 @@ def make_table_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gra
     if c.update == "lazy":
         return lazy_adam(rate, c.b1, c.b2, c.eps, c.weight_decay, c.clip_norm)
     clip = optax.identity() if c.clip_norm is None else optax.clip_by_global_norm(c.clip_norm)
-    return optax.chain(clip, optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay))
+    adamw = optax.chain(
+        scale_by_adam(c.b1, c.b2, c.eps),
+        optax.add_decayed_weights(c.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    return optax.chain(clip, adamw)
 
 
 def matrix_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:

@@ -8,11 +8,22 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmem.sharding import current_rules
+from jaxmem.sharding.layouts import check_layout
+from jaxmem.sharding.rules import rules_of
+from jaxmem.training.experiment import TrainConfig
 from jaxmem.typing import Array, Int, PyTree
+
+
+def require_fit(config: TrainConfig, mesh: Mesh | AbstractMesh | None) -> None:
+    """Raises ValueError for a batch that the mesh does not split, now and not when all is compiled."""
+    if mesh is not None:
+        shape = config.data.batch_size // config.accumulate, config.data.context_tokens
+        rules_of(config.mesh).spec(("batch", "time"), "activations", shape, mesh)
+        check_layout(config.mesh.layout, shape[1], mesh.shape["seq"])
 
 
 def share_of_rows(mesh: Mesh | None) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jaxmem.training.metrics import read_metrics, replace_file
+from jaxmem.config import read_json_object
+from jaxmem.training.metrics import METRICS_FILE, read_metrics, replace_file
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.json"
@@ -99,8 +100,15 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         ValueError: metrics.jsonl or config.json is damaged.
     """
     run_dir = Path(run_dir)
-    path = run_dir / REPORT_FILE
-    replace_file(path, _page(_read_run(run_dir)))
+    path, run = run_dir / REPORT_FILE, _read_run(Path(run_dir))
+    try:
+        page = _page(run)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"report: needs lines as a run writes them, got others in {run_dir / METRICS_FILE} ({error!r}); "
+            "put the file back as it was"
+        ) from error
+    replace_file(path, page)
     return path
 
 
@@ -112,7 +120,9 @@ def _read_run(run_dir: Path) -> Run:
         train=[line for line in lines if line["kind"] == "train"],
         evals=[line for line in lines if line["kind"] == "eval"],
         final=next((line for line in reversed(lines) if line["kind"] == "final"), {}),
-        config=json.loads(config.read_bytes()) if config.exists() else None,
+        config=read_json_object(config, "put it back, or remove it: the report does without")
+        if config.exists()
+        else None,
     )
 
 
@@ -206,10 +216,10 @@ def _facts_table(run: Run) -> str:
 def _sample(run: Run) -> str:
     if "sample" not in run.final:
         return '<p class="missing">Not shown, for lack of numbers: a generated sample.</p>'
-    prompt = run.final.get("prompt", "")
+    prompt, sample = (str(run.final.get(name, "")) for name in ("prompt", "sample"))  # "NaN" was a number once
     prompt = f"<b>{escape(prompt)}</b>" if prompt else ""
     note = '<p class="note">Bold: the prompt.</p>' if prompt else ""
-    return f"<h2>A sample from the model</h2>\n<pre>{prompt}{escape(run.final['sample'])}</pre>{note}"
+    return f"<h2>A sample from the model</h2>\n<pre>{prompt}{escape(sample)}</pre>{note}"
 
 
 def _config(run: Run) -> str:

@@ -1,17 +1,20 @@
 """Reading a finished or unfinished run's folder."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from jaxmem.checkpoints import Restored, again_if_gone, load_checkpoint
-from jaxmem.config import from_json
+from jaxmem.checkpoints import Restored, again_if_gone, complete_steps, load_checkpoint, read_run_config
 from jaxmem.models.decoder import Decoder
-from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
+from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.training.experiment import TrainConfig
+from jaxmem.training.identity import tokenizer_of_run
+from jaxmem.training.own_code import read_own
+from jaxmem.training.resume import notes_on_config_file, unchecked_config
+from jaxmem.training.run_folder import CHECKPOINTS, CONFIG_FILE, TABLES, read_config
 from jaxmem.training.step import init_state, merge
 from jaxmem.training.table_checkpoints import TableCheckpoints
 from jaxmem.training.tables import TableTraining
@@ -25,27 +28,31 @@ class LoadedRun(NamedTuple):
     tokenizer: Tokenizer
     step: int
     notes: list[str]
-    """Newer checkpoints that were passed over because they are damaged."""
+    """Sentences on newer checkpoints that were passed over because they are damaged, and on another config in config.json."""
 
 
-def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
-    """The model of a run's folder, from one checkpoint, on one device.
+def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str | Path] = ()) -> LoadedRun:
+    """The model of a run's folder, from one checkpoint, on one device. Its config is that of the checkpoint.
+
+    Nothing in the folder is executed.
 
     Args:
       step: of the checkpoint; None is the newest intact one.
+      imports: Python files that define classes of the config which are not jaxmem's; they are run.
 
     Raises:
-      ValueError: no run there, no such step, or a tokenizer that does not fit the model.
+      ValueError: no run there, no such step, a class that no file defines, or a tokenizer that does not fit the model.
       CheckpointError: no intact checkpoint.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "config.json").is_file():
+    if not (run_dir / CONFIG_FILE).is_file() and not complete_steps(run_dir / CHECKPOINTS):
         raise ValueError(
             f"run: needs a folder with a run, got {str(run_dir)!r} without config.json; "
             "name the --out of `jaxmem train`, e.g. runs/quickstart"
         )
-    config: TrainConfig = from_json(json.loads((run_dir / "config.json").read_text()))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    saved, notes = again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))
+    config = read_own(saved, run_dir, imports)
+    tokenizer = tokenizer_of_run(config.data.tokenizer, run_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"run: needs a tokenizer of at most {config.model.vocab_size} tokens, got vocab_size={tokenizer.vocab_size} "
@@ -56,12 +63,24 @@ def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
     others, tables = TableTraining(config).split(params) if apart else (params, nnx.State({}))
 
     def load() -> tuple[Restored, nnx.State]:
-        restored = load_checkpoint(run_dir / "checkpoints", {"params": others}, step)
+        restored = load_checkpoint(run_dir / CHECKPOINTS, {"params": others}, step)
         params = restored.tree["params"]
         if tables:
-            params = nnx.merge_state(params, TableCheckpoints(run_dir / "tables", config).load(restored.step, tables))
+            params = nnx.merge_state(params, TableCheckpoints(run_dir / TABLES, config).load(restored.step, tables))
         return restored, params
 
-    restored, params = again_if_gone(run_dir / "checkpoints", load)  # its tables too
+    restored, params = again_if_gone(run_dir / CHECKPOINTS, load)  # its tables too
     model = merge(config.model, params)
-    return LoadedRun(config, model, tokenizer, restored.step, restored.notes)
+    return LoadedRun(
+        config, model, tokenizer, restored.step, [*(f"passed over: {note}" for note in restored.notes), *notes]
+    )
+
+
+def _config(run_dir: Path, step: int | None) -> tuple[dict[str, Any], list[str]]:
+    """The config of the checkpoint, as JSON; what to tell if config.json says something else."""
+    if not (steps := complete_steps(run_dir / CHECKPOINTS)):
+        return read_config(run_dir), []
+    saved = unchecked_config(run_dir / CHECKPOINTS, steps[-1] if step is None else step)
+    if saved is None or notes_on_config_file(run_dir, saved, ""):  # two that agree need not be read whole
+        saved = read_run_config(run_dir / CHECKPOINTS, step)
+    return saved, notes_on_config_file(run_dir, saved, "the checkpoint's own copy is used")

@@ -7,7 +7,6 @@ error, at the start.
 import dataclasses
 import fnmatch
 import glob
-import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -29,25 +28,37 @@ class DataReport:
     """Files and documents without any text."""
     unreadable: int = 0
     """Files, folders, lines and records that could not be read when the index was made."""
+    not_text: int = 0
+    """Files in folders or behind globs that are no UTF-8 text, and were left out."""
     undecodable_bytes: int = 0
     failed_reads: int = 0
-    """Pieces that could not be read any more later, in the middle of a run."""
+    """Pieces that could not be read any more later, in the middle of a run, or were not the same: left out."""
     examples: list[str] = dataclasses.field(default_factory=list)
-    """The first few of what was unreadable, with the reason."""
+    """The first few of what was unreadable or no text, with the reason."""
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The first few files whose pieces could not be read later, with the reason."""
+    split: str = ""
+    """By what the held-out text was chosen, and how much it is."""
 
     def unreadable_because(self, name: str, reason: object) -> None:
         """Counts something that the index could not read."""
         self.unreadable += 1
         self._remember(name, reason)
 
+    def not_text_because(self, name: str, kind: str) -> None:
+        """Counts a file that is something else."""
+        self.not_text += 1
+        self._remember(name, kind)
+
     def failed_read_because(self, name: str, reason: object) -> None:
-        """Counts a piece that disappeared after the index was made."""
+        """Counts a piece that disappeared or changed after the index was made."""
         self.failed_reads += 1
-        self._remember(name, reason)
+        if len(self.failed) < NAMES_IN_REPORT:
+            self.failed.setdefault(name, _words(reason))
 
     def _remember(self, name: str, reason: object) -> None:
         if len(self.examples) < NAMES_IN_REPORT:
-            self.examples.append(f"{name}: {getattr(reason, 'strerror', None) or reason}")
+            self.examples.append(f"{name}: {_words(reason)}")
 
     def __str__(self) -> str:
         line = f"{self.documents:,} documents in {self.files:,} files, {self.bytes:,} bytes in {self.pieces:,} pieces"
@@ -55,10 +66,17 @@ class DataReport:
             (self.empty, "empty"),
             (self.undecodable_bytes, "undecodable bytes"),
             (self.unreadable, "unreadable"),
+            (self.not_text, "not text"),
             (self.failed_reads, "failed reads"),
         ):
             line += f", {count:,} {what}" if count else ""
-        return line + (f" ({'; '.join(self.examples)})" if self.examples else "")
+        examples = [*self.examples, *(f"{name}: {reason}" for name, reason in self.failed.items())]
+        line += f" ({'; '.join(examples)})" if examples else ""
+        return line + (f"; {self.split}" if self.split else "")
+
+
+def _words(reason: object) -> str:
+    return str(getattr(reason, "strerror", None) or reason)
 
 
 class SourceFile(NamedTuple):
@@ -67,6 +85,8 @@ class SourceFile(NamedTuple):
     name: str
     """Path relative to the folder that was asked for, with "/"."""
     path: str
+    named: bool = False
+    """Named itself, rather than found in a folder or by a glob."""
 
 
 def find_files(what: str, patterns: Sequence[str], exclude: Sequence[str], report: DataReport) -> list[SourceFile]:
@@ -85,10 +105,12 @@ def find_files(what: str, patterns: Sequence[str], exclude: Sequence[str], repor
     """
     found: dict[str, SourceFile] = {}
     for pattern in patterns:
-        if glob.has_magic(pattern):
-            root, names = _glob(os.path.expanduser(pattern))
+        path = os.path.expanduser(pattern)
+        is_glob = glob.has_magic(pattern) and not os.path.lexists(path)
+        if is_glob:
+            root, names = _glob(path)
         else:
-            root, names = _walk(what, os.path.expanduser(pattern), exclude, report)
+            root, names = _walk(what, path, exclude, report)
         kept = [name for name in sorted(names) if not _excluded(name, exclude)]
         if not kept:
             excluded = f" ({len(names)} excluded)" if names else ""
@@ -96,9 +118,10 @@ def find_files(what: str, patterns: Sequence[str], exclude: Sequence[str], repor
                 f"{what} data: needs at least one file, got {what}={pattern!r} with none{excluded}; put text, .jsonl "
                 "or .array_record files there, or name another folder, file or glob"
             )
+        named = not is_glob and not os.path.isdir(path)
         for name in kept:
-            path = os.path.join(root, name)
-            found.setdefault(os.path.realpath(path), SourceFile(name, path))
+            found_path = os.path.join(root, name)
+            found.setdefault(os.path.realpath(found_path), SourceFile(name, found_path, named))
     return list(found.values())
 
 
@@ -141,21 +164,3 @@ def _excluded(name: str, patterns: Sequence[str]) -> bool:
         for pattern in (pattern.removeprefix("**/").rstrip("/") for pattern in patterns)
         for candidate in (leading if "/" in pattern else parts)
     )
-
-
-def heldout_names(files: Sequence[SourceFile], fraction: float) -> set[str]:
-    """Names that hash below the fraction; of two names or more, at least one is held out and one is not."""
-    names = sorted({file.name for file in files}, key=_hash)
-    below = sum(_hash(name) < fraction for name in names)
-    return set(names[: min(max(below, 1), len(names) - 1)]) if fraction > 0 else set()
-
-
-def is_heldout_record(name: str, position: int, fraction: float) -> bool:
-    """Whether a record of a file that is split by records hashes below the fraction."""
-    return _hash(f"{name}#{position}") < fraction
-
-
-def _hash(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -36,6 +37,8 @@ class Shifted(NamedTuple):
     segment_ids: Int[Array, "*parts B T"]
     targets: Int[Array, "*parts B T"]
     target_segments: Int[Array, "*parts B T"]
+    target_bytes: Int[Array, "*parts B T"] | None = None
+    """Bytes of text that the targets stand for, and those of pieces without any token; None: nobody counts them."""
 
     @property
     def counts(self) -> Bool[Array, "*parts B T"]:
@@ -50,8 +53,12 @@ def shifted(batch: Batch) -> Shifted:
     >>> shifted(batch).targets.tolist(), shifted(batch).counts.tolist()
     ([1, 2, 3, 4, 5], [True, False, False, True, False])
     """
-    tokens, segments = batch["tokens"], batch["segment_ids"]
-    return Shifted(tokens[..., :-1], segments[..., :-1], tokens[..., 1:], segments[..., 1:])
+    tokens, segments, text = batch["tokens"], batch["segment_ids"], batch.get("bytes")
+    if text is not None:
+        text = np.concatenate(
+            [text[..., :1] + text[..., 1:2], text[..., 2:]], axis=-1
+        )  # a row's first token is no target
+    return Shifted(tokens[..., :-1], segments[..., :-1], tokens[..., 1:], segments[..., 1:], text)
 
 
 class TrainState(NamedTuple):
@@ -64,11 +71,13 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What one step tells; scalars in fp32."""
+    """What one step tells; scalars, in fp32 but for counts of bytes."""
 
     nats: Float[Array, ""]
     """Sum over targets."""
     n_targets: Float[Array, ""]
+    n_bytes: Int[Array, ""]
+    """Of text, over all devices; exact below 2 GiB a step."""
     load_balance: Float[Array, ""]
     """Mean over the routers of their load-balancing losses, unweighted; top_k when all are even."""
     grad_norm: Float[Array, ""]
@@ -132,7 +141,7 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
             (loss, told), (grads, reads) = differentiated(params, reads, tables, part, n_targets)
             return jax.tree.map(jnp.add, sums, (loss, told, grads)), reads
 
-        zeros = (jnp.zeros(()), (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.float32(0), (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
         if config.accumulate == 1:
             (loss, (nats, balance), grads), reads = add_part(zeros, jax.tree.map(lambda x: x[0], batch))
             reads = jax.tree.map(lambda x: x[None], reads)
@@ -154,6 +163,7 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Shifted], tupl
         told = StepMetrics(
             nats=nats,
             n_targets=n_targets,
+            n_bytes=jnp.zeros((), jnp.int32) if batch.target_bytes is None else batch.target_bytes.sum(dtype=jnp.int32),
             load_balance=balance,
             grad_norm=grad_norm,
             learning_rate=schedule(state.step),
@@ -175,11 +185,11 @@ def router_use(state: PyTree) -> list[tuple[int, PyTree]]:
 def core_penalty(model: Decoder) -> Float[Array, ""]:
     """`rank_penalty` of the keys that have a core, mean over their layers; 0 without any."""
     cores = [block.memory.keys.core for block in model.blocks if hasattr(getattr(block.memory, "keys", None), "core")]
-    return sum((rank_penalty(core[...]) for core in cores), jnp.zeros(())) / max(len(cores), 1)
+    return sum((rank_penalty(core[...]) for core in cores), jnp.float32(0)) / max(len(cores), 1)
 
 
 def balance_loss(config: DecoderConfig, state: PyTree) -> Float[Array, ""]:
     """The mean over all layers with a router of each one's own load-balancing loss, whether layers are written out or
     repeated; 0 without any."""
     losses = [load_balancing_loss(use, config.pattern[place].top_k) for place, use in router_use(state)]
-    return jnp.mean(jnp.concatenate(losses)) if losses else jnp.zeros(())
+    return jnp.mean(jnp.concatenate(losses)) if losses else jnp.float32(0)

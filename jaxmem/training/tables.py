@@ -113,7 +113,7 @@ class TableTraining:
 def gradients_norm(gradients: Gradients) -> Float[Array, ""]:
     """L2 norm of all tables' gradients or updates."""
     arrays = [g.sums if isinstance(g, RowGradient) else g for g in gradients.values()]
-    return optax.tree.norm(arrays) if arrays else jnp.zeros(())
+    return optax.tree.norm(arrays) if arrays else jnp.float32(0)
 
 
 def _together(reads: list[TableReads]) -> TableReads:

@@ -242,7 +242,6 @@ def test_dropped_steps_free_their_space(cold, tmp_path):
             lambda s: TableStore(s.directory / "d"),
             "needs a directory made by TableStore.create, got one without manifest",
         ),
-        (lambda s: RowArray(0), "needs a width of at least 1, got width=0; raise it"),
         (
             lambda s: RowArray(4, "float64"),
             "needs dtype to be one of float32, .*, uint32, got dtype='float64'",

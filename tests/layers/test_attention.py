@@ -172,7 +172,6 @@ def test_heads_that_the_mesh_does_not_divide_are_refused():
     ("build", "text"),
     [
         (lambda: AttentionConfig(4, 3), "needs n_heads divisible by n_kv_heads, got n_heads=4, n_kv_heads=3"),
-        (lambda: AttentionConfig(4, window=0), "needs window >= 1, got window=0; None is full attention"),
         (
             lambda: make(AttentionConfig(3)),
             "needs d_model divisible by n_heads, got d_model=16, n_heads=3; .* head_dim",
@@ -181,10 +180,10 @@ def test_heads_that_the_mesh_does_not_divide_are_refused():
         (lambda: make(CONFIGS["full"])[0].init_state(1), "needs a capacity for .* full attention, got capacity=None"),
         (lambda: make(CONFIGS["full"])[0].init_state(1, capacity=0), "needs capacity >= 1, got capacity=0"),
     ],
-    ids=["kv heads", "window", "d_model", "odd head", "no capacity", "zero capacity"],
+    ids=["kv heads", "d_model", "odd head", "no capacity", "zero capacity"],
 )
 def test_errors(build, text):
-    with pytest.raises(ValueError, match="attention: " + text):
+    with pytest.raises(ValueError, match="(?i)attention: " + text):
         build()
 
 

@@ -78,6 +78,24 @@ def test_without_weight_everything_is_zero_whatever_the_targets():
     assert value == 0 and not any(np.any(g) for g in gradients)
 
 
+def test_a_target_outside_the_vocabulary_that_counts_is_loud():
+    """It raises where values are known; under jit the sums are NaN. One of no weight changes nothing, gradients included."""
+    x, table, targets, weights = batch()
+    loss = jax.jit(jax.value_and_grad(lambda *args: chunked_cross_entropy(*args, vocab_size=50).loss_sum, (0, 1, 3)))
+    targets, weights = targets % 50, weights.at[0, 0].set(0)
+    for wrong in (-1, 50, VOCAB + 7):
+        with pytest.raises(ValueError, match=rf"cross-entropy: needs targets in 0\.\.49, .*, got {wrong}; give"):
+            chunked_cross_entropy(x, table, targets.at[1, 2].set(wrong), weights, vocab_size=50)
+        with pytest.raises(ValueError, match=rf"needs targets in 0\.\.49, .*, got {wrong}; give"):
+            token_nats(x, table, targets.at[1, 2].set(wrong), vocab_size=50)
+        assert np.isnan(loss(x, table, targets.at[1, 2].set(wrong), weights)[0])
+        value, gradients = loss(x, table, targets.at[0, 0].set(wrong), weights)
+        want, of_tokens = loss(x, table, targets, weights)
+        assert_close((value, *gradients[:2], gradients[2][1:]), (want, *of_tokens[:2], of_tokens[2][1:]))
+        nats = jax.jit(lambda *args: token_nats(*args, vocab_size=50))(x, table, targets.at[1, 2].set(wrong))
+        assert np.argwhere(np.isnan(nats)).tolist() == [[1, 2]]
+
+
 def test_huge_logits_stay_finite():
     x, table, targets, weights = batch()
     value, gradients = value_and_gradients(mean_loss, 1e4 * x, table, targets, weights)

@@ -35,6 +35,15 @@ def test_ids_without_a_row_give_zeros_and_no_gradient_under_jit():
     np.testing.assert_array_equal(np.flatnonzero(pullback(jnp.ones_like(y))[0][:, 0]), [5])
 
 
+def test_under_jit_ids_that_are_no_tokens_give_nan_and_no_gradient():
+    """Those of the table's unused rows too."""
+    embedding, ids = Embedding(50, 2, rngs=nnx.Rngs(0)), jnp.array([[-1, 50, 49, 1000]])
+    call = jax.jit(lambda embedding, ids: embedding(ids))
+    y, pullback = jax.vjp(lambda embedding: call(embedding, ids), embedding)
+    assert np.isnan(y[0, :, 0]).tolist() == [True, True, False, True]
+    np.testing.assert_array_equal(np.flatnonzero(pullback(jnp.ones_like(y))[0].table[...][:, 0]), [49])
+
+
 @pytest.mark.parametrize("ids", [[[0, 100]], [[-1, 5]]], ids=str)
 def test_concrete_ids_out_of_range_raise(ids):
     with pytest.raises(ValueError, match=r"embedding: needs token ids in 0\.\.99, got ids=.*; check"):

@@ -186,25 +186,6 @@ def test_published_layers_build_and_run(name):
     assert y.shape == x.shape
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (
-            {"score": "cosine"},
-            "memory: needs score to be one of softmax, relu, sigmoid, linear, got score='cosine'; change it",
-        ),
-        ({"expert": "tanh"}, "memory: needs expert to be one of gelu, relu, silu, got expert='tanh'"),
-        ({"output": "mlp"}, "memory: needs output to be one of plain, linear, swilu, got output='mlp'"),
-        ({"placement": "before"}, "memory: needs placement to be one of replace, beside, got placement='before'"),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_bad_configs_in_one_sentence(options, words, unchecked):
-    with pytest.raises(ValueError) as error:
-        MemoryConfig(**options)
-    assert words in str(error.value)
-
-
 def test_bad_tables_in_one_sentence(unchecked):
     with pytest.raises(
         ValueError, match="memory: needs value_dim=d_model for a plain output, .* got value_dim=8, d_model=12"

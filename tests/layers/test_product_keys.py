@@ -119,17 +119,12 @@ def test_scores_of_the_layer_by_hand(kind):
             "needs n_slots to be n to the power of n_parts=2 and below 2^31, got n_slots=10; take 3**2=9",
         ),
         ({"n_slots": 27, "n_parts": 4}, "got n_slots=27; take 2**4=16"),
-        ({"n_slots": 0}, "got n_slots=0; take 1**2=1"),
         ({"n_slots": 50_000**2}, "below 2^31, got n_slots=2500000000"),
         ({"n_slots": 4, "top_k": 5}, "needs 1 <= top_k <= n_slots, got top_k=5 of n_slots=4; read fewer slots"),
-        ({"top_k": 0}, "needs 1 <= top_k <= n_slots, got top_k=0 of"),
         (
             {"key_dim": 16, "n_parts": 3, "n_slots": 27, "top_k": 2},
-            "key_dim divisible by n_parts, got n_heads=4, key_dim=16",
+            "key_dim divisible by n_parts, got key_dim=16",
         ),
-        ({"n_heads": 0}, "needs n_heads >= 1"),
-        ({"n_parts": 1}, "needs n_parts >= 2, got n_parts=1"),
-        ({"query_norm": "batch"}, "needs query_norm to be one of none, rms, layer, got query_norm='batch'"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -18,8 +18,8 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "fla_recurrences.npz"
 
 
 @jax.jit
-def outputs_and_gradients(x, weight, history, segment, history_segment, weight_of_outputs):
-    outputs, pull = jax.vjp(lambda *args: short_convolution(*args, segment, history_segment), x, weight, history)
+def outputs_and_gradients(x, weight, history, document, weight_of_outputs):
+    outputs, pull = jax.vjp(lambda *args: short_convolution(*args, document), x, weight, history)
     return outputs, pull(weight_of_outputs)
 
 
@@ -31,7 +31,7 @@ def test_against_torch():
     rows, _, channels = x.shape
     history = np.zeros((rows, len(weight) - 1, channels), np.float32)
     ones = np.ones(x.shape[:2], np.int32)
-    got, d = outputs_and_gradients(x, weight, history, ones, ones[:, 0], (w, history))
+    got, d = outputs_and_gradients(x, weight, history, ones, (w, history))
     for a, b in ((got[0], y), (d[0], d_x), (d[1], d_weight)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -53,10 +53,10 @@ def by_hand(x, weight, history, segment, history_segment):
 
 @st.composite
 def documents(draw):
-    """Segment ids of a row whose history is of segment 2, padded at the end."""
+    """Documents of a row whose history is of the first, padded at the end."""
     steps = draw(hnp.arrays(np.int32, T, elements=st.sampled_from([0, 0, 1])))
     length = draw(st.integers(0, T))
-    return np.where(np.arange(T) < length, 2 + np.cumsum(steps), 0).astype(np.int32)
+    return np.where(np.arange(T) < length, 1 + np.cumsum(steps), 0).astype(np.int32)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -66,10 +66,10 @@ def test_against_a_loop_over_tokens(segment, seed):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     x, weight, history = normal(B, T, CHANNELS), normal(WIDTH, CHANNELS), normal(B, WIDTH - 1, CHANNELS)
-    segment, before = np.stack(segment), np.full(B, 2, np.int32)
+    segment = np.stack(segment)
     w = normal(B, T, CHANNELS), normal(B, WIDTH - 1, CHANNELS)
-    got, (d_x, d_weight, d_history) = outputs_and_gradients(x, weight, history, segment, before, w)
-    want = [by_hand(x[b], weight, history[b], segment[b], 2) for b in range(B)]
+    got, (d_x, d_weight, d_history) = outputs_and_gradients(x, weight, history, segment, w)
+    want = [by_hand(x[b], weight, history[b], segment[b], 1) for b in range(B)]
     want = [np.stack(part) for part in zip(*want, strict=True)]
     real = (segment != 0)[..., None]
     np.testing.assert_allclose(np.where(real, got[0], 0), np.where(real, want[0], 0), rtol=1e-5, atol=1e-5)
@@ -83,11 +83,11 @@ def test_against_a_loop_over_tokens(segment, seed):
 
 def test_gradient_reaches_the_last_items_of_the_document_only():
     """Of the last token: its own document's W - 1 predecessors, in x and in history."""
-    segment = jnp.array([[2, 2, 3, 3, 3]])
+    document = jnp.array([[1, 1, 2, 2, 2]])
     x, history, weight = jnp.ones((1, 5, 1)), jnp.ones((1, WIDTH - 1, 1)), jnp.ones((WIDTH, 1))
 
     def token(t):
-        y = lambda x, history: short_convolution(x, weight, history, segment, jnp.array([2]))[0][0, t, 0]
+        y = lambda x, history: short_convolution(x, weight, history, document)[0][0, t, 0]
         d_x, d_history = jax.jit(jax.grad(y, (0, 1)))(x, history)
         return d_x[0, :, 0].tolist(), d_history[0, :, 0].tolist()
 
@@ -101,7 +101,7 @@ def test_sums_in_fp32_and_keeps_dtypes():
     y = jax.jit(convolve)(items, ones, jnp.ones((4, 1)))
     assert y.dtype == jnp.bfloat16 and float(y[0, 0, 0]) == 260.0  # one by one in bf16 it stays 256
     history = jnp.zeros((1, 3, 1), jnp.float32)
-    shapes = jax.eval_shape(short_convolution, items, jnp.ones((4, 1)), history, ones, ones[:, 0])
+    shapes = jax.eval_shape(short_convolution, items, jnp.ones((4, 1)), history, ones)
     assert [a.dtype for a in shapes] == [jnp.bfloat16, jnp.float32]
 
 

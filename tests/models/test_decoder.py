@@ -174,6 +174,71 @@ def test_the_past_does_not_feel_the_future():
     np.testing.assert_array_equal(other, x)
 
 
+@jax.jit
+def call(model, tokens, state, segment_ids):
+    return model(tokens, state, segment_ids=segment_ids)
+
+
+def test_a_document_id_that_comes_back_is_a_new_document():
+    """The state stands in document 2; ids that begin at 1 again find nothing of the old document 1."""
+    model, again = make(decoder()), jnp.ones((B, T), jnp.int32)
+    empty = jax.jit(lambda: model.init_state(B, capacity=3 * T))()
+    _, state = call(model, make_tokens(), empty, PACKED)
+    assert_close(call(model, make_tokens(1), state, again)[0], call(model, make_tokens(1), empty, again)[0])
+
+
+def test_padding_in_front_of_tokens_is_loud_and_alone():
+    """NaN in that row, and in all that is decoded behind it; what stands in padding is no token, whatever its id."""
+    model, tokens = make(decoder()), make_tokens()
+    empty = jax.jit(lambda: model.init_state(B, capacity=3 * T))()
+    wrong = PACKED.at[0, :3].set(0)
+    want, state = call(model, tokens, empty, PACKED)
+    got, broken = call(model, jnp.where(wrong == 0, VOCAB + 7, tokens), empty, wrong)
+    np.testing.assert_array_equal(got[1, :9], want[1, :9])
+    assert np.all(np.isnan(got[0])) and not np.any(np.isnan(want))
+    after, _ = call(model, tokens, broken, PACKED)
+    np.testing.assert_array_equal(after[1], call(model, tokens, state, PACKED)[0][1])
+    assert np.all(np.isnan(after[0]))
+    with pytest.raises(ValueError, match=r"Decoder: needs segment_ids above 0 .* in row 0; move padding to the end"):
+        model(tokens, empty, segment_ids=wrong)
+
+
+def test_calls_on_nothing():
+    model = make(decoder())
+    state = jax.jit(lambda: model.init_state(B, capacity=T))()
+    hidden, after, uses = model.with_memory_use(make_tokens()[:, :0], state)
+    assert hidden.shape == (B, 0, 16) and after is state and uses == (None,) * 4
+    hidden, after = jax.eval_shape(lambda: model(make_tokens()[:0]))
+    assert hidden.shape == (0, T, 16) and all(leaf.shape[:2] == (2, 0) for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"tokens": make_tokens()[0]}, r"needs tokens \[B T\] of integers, got tokens of shape \(12,\)"),
+        ({"tokens": np.zeros((B, T), np.float32)}, "got tokens of shape .* and dtype float32; pass token ids"),
+        ({"tokens": None}, "got tokens of type NoneType"),
+        ({"state": PACKED}, r"needs a state with one entry per mixer of the pattern, 4, got state of shape \(2, 12\)"),
+        ({"state": ()}, "got state of type tuple; pass what init_state"),
+        ({"segment_ids": PACKED[:, 1:]}, r"needs segment_ids \[B T\] .* got segment_ids of shape \(2, 11\)"),
+        ({"positions": PACKED[0]}, r"needs positions \[B T\] .* got positions of shape \(12,\)"),
+    ],
+    ids=["rank", "floats", "none", "ids as state", "no state", "ids", "positions"],
+)
+def test_wrong_calls(arguments, text):
+    model = nnx.eval_shape(lambda: decoder().make(rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="Decoder: .*" + text):
+        model(**({"tokens": make_tokens()} | arguments))
+
+
+def test_a_state_of_another_batch_is_refused():
+    model = make(decoder())
+    state = jax.eval_shape(lambda: model.init_state(3, capacity=T))
+    with pytest.raises(ValueError, match="needs the state of a batch of 2 rows .* instead of"):
+        jax.eval_shape(lambda state: model(make_tokens(), state), state)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_head(tied):
     config = decoder((AttentionConfig(2),), repeats=1, tie_embeddings=tied)
@@ -209,29 +274,12 @@ def test_bf16_is_near_fp32_and_remembers_in_fp32():
     assert isinstance(half.blocks[0].mixer, MixtureOfMemories)
 
 
-@pytest.mark.parametrize("field", ["d_model", "d_ffn", "repeats", "vocab_size"])
-def test_sizes_are_positive(field):
-    with pytest.raises(ValueError, match=f"DecoderConfig: needs {field} >= 1, got {field}=0; change it"):
-        dataclasses.replace(decoder(), **{field: 0})
-
-
 @pytest.mark.parametrize("pattern", [(), ("attention",), (AttentionConfig(2), None)], ids=str)
 def test_a_pattern_holds_mixers(pattern):
     with pytest.raises(
         ValueError, match=r"DecoderConfig: needs a pattern of one or more mixer configs, got pattern=\("
     ):
         decoder(pattern)
-
-
-@pytest.mark.parametrize(
-    "field, value, known",
-    [("remat", "blocks", "nothing, dots, block"), ("dtype", "float16", "float32, bfloat16")],
-)
-@pytest.mark.usefixtures("unchecked")
-def test_choices_that_are_none(field, value, known):
-    message = f"DecoderConfig: needs {field} to be one of {known}, got {field}='{value}'; change it"
-    with pytest.raises(ValueError, match=message):
-        decoder(**{field: value})
 
 
 def test_a_mesh_that_does_not_divide_the_heads_says_so():

@@ -217,9 +217,3 @@ def test_errors(name):
     arrays, options, _ = make()
     with pytest.raises(ValueError, match="flash_attention: " + text):
         flash_attention(**arrays | options | change)
-
-
-@pytest.mark.parametrize("name", ["window", "chunk"])
-def test_a_mask_says_what_it_needs(name):
-    with pytest.raises(ValueError, match=f"attention mask: needs {name} >= 1, got {name}=0; None is no such limit"):
-        Mask(**{name: 0})

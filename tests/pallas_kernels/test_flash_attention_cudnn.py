@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from attention_cases import against_the_equation, assert_close, make
+from attention_cases import CUDNN as CALLS
+from attention_cases import TRITON, against_the_equation, assert_close, lowered_for_a_gpu, make
 
 from jaxmem.pallas_kernels import flash_attention_cudnn
 from jaxmem.pallas_kernels.flash_attention import flash_attention
 from jaxmem.pallas_kernels.masks import Mask
 
-CALLS = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
-TRITON = "__gpu$xla.gpu.triton"
 WHOLE_ROWS = {"q_place": None, "k_place": None}
 
 
@@ -25,9 +24,7 @@ def whole_rows(width=64, dtype=jnp.bfloat16, **changes):
 
 
 def exported(loss, arrays) -> str:
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*CALLS, TRITON)]
-    step = jax.jit(jax.grad(lambda arrays: loss(**arrays)))
-    return jax.export.export(step, platforms=["cuda"], disabled_checks=checks)(arrays).mlir_module()
+    return lowered_for_a_gpu(jax.jit(jax.grad(lambda arrays: loss(**arrays))), arrays)
 
 
 def test_whole_rows_are_left_to_both_its_passes(hopper):
@@ -37,7 +34,6 @@ def test_whole_rows_are_left_to_both_its_passes(hopper):
     assert "sliding_window_length\\22: 9" in program
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="from JAX 0.11 on, Triton's lowering asks for a GPU")
 def test_a_cotangent_of_lse_is_left_to_the_kernels_here(hopper):
     def loss(q, k, v):
         o, lse = flash_attention(q, k, v)
@@ -48,7 +44,6 @@ def test_a_cotangent_of_lse_is_left_to_the_kernels_here(hopper):
     assert program.count(TRITON) == 2
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="from JAX 0.11 on, Triton's lowering asks for a GPU")
 @pytest.mark.parametrize("why", ["places", "fp32", "capped", "wide"])
 def test_the_rest_is_not(hopper, why):
     arrays, options, _ = make(widths=(64, 64), dtype=jnp.bfloat16, blocks=(None, None))

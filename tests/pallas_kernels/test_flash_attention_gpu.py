@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import OPTIONS, against_the_equation, assert_close, make, name_of, pairwise
+from attention_cases import (
+    OPTIONS,
+    TRITON,
+    against_the_equation,
+    assert_close,
+    lowered_for_a_gpu,
+    make,
+    name_of,
+    pairwise,
+)
 
 from jaxmem.algebra.softmax import Partial
 from jaxmem.pallas_kernels import flash_attention_gpu, flash_attention_xla
@@ -117,7 +126,6 @@ LOWERED = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="from JAX 0.11 on, this lowering asks for a GPU")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("implementation", ["pallas_gpu", None])
 @pytest.mark.parametrize("name", LOWERED)
@@ -131,11 +139,8 @@ def test_lowers_to_triton_for_cuda(name, implementation, dtype):
         o, lse = flash_attention(**arrays, **options, implementation=implementation)
         return jnp.sum(o) + jnp.sum(lse)
 
-    triton = "__gpu$xla.gpu.triton"
-    check = jax.export.DisabledSafetyCheck.custom_call(triton)
-    exported = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=["cuda"], disabled_checks=[check])(arrays)
-    text = exported.mlir_module()
-    assert text.count(triton) == 3
+    text = lowered_for_a_gpu(jax.jit(jax.value_and_grad(loss)), arrays)
+    assert text.count(TRITON) == 3
     for kernel in ("forward", "dq", "dkv"):
         assert f"flash_attention_{kernel}" in text
 

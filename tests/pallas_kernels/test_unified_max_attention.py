@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import assert_close, on_fake_tpu, races_found, relative_rms
+from attention_cases import TRITON, assert_close, lowered_for_a_gpu, on_fake_tpu, races_found, relative_rms
 
 from jaxmem.pallas_kernels import decode_attention_gpu, decode_attention_tpu
 from jaxmem.pallas_kernels.decode_attention import unified_max_attention, unified_sums
@@ -157,16 +157,13 @@ def test_gradients_are_those_of_xla(maximum):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="from JAX 0.11 on, this lowering asks for a GPU")
 @pytest.mark.parametrize("name", ["grouped", "prefix in a window", "odd widths", "bf16", "default blocks"])
 @pytest.mark.parametrize("chosen", ["pallas_gpu", None])
 def test_lowers_to_triton_for_cuda(name, chosen):
     arrays, options, more = case(**CASES[name])
-    triton = "__gpu$xla.gpu.triton"
-    check = jax.export.DisabledSafetyCheck.custom_call(triton)
     attend = jax.jit(functools.partial(unified_max_attention, **options, **more, implementation=chosen))
-    text = jax.export.export(attend, platforms=["cuda"], disabled_checks=[check])(*arrays).mlir_module()
-    assert text.count(triton) == 2 and "decode_attention" in text
+    text = lowered_for_a_gpu(attend, *arrays)
+    assert text.count(TRITON) == 2 and "decode_attention" in text
 
 
 ERRORS = {

@@ -267,10 +267,10 @@ def changed(**arrays):
         ),
         ({"segment_ids": np.ones((B, 4), int)}, r"needs segment_ids \[B T\] of shape \(2, 3\), got \(2, 4\)"),
         (
-            {"segment_ids": np.array([[1, 1, 2], [2, 2, 1]])},
-            r"needs segment_ids that never decrease .* got \[2, 2, 1\] in row 1",
+            {"segment_ids": np.array([[1, 1, 2], [0, 2, 1]])},
+            r"needs segment_ids above 0 .* got segment_ids=\[0, 2, 1\] in row 1",
         ),
-        ({"segment_ids": np.array([[1, 0, 2], [2, 2, 0]])}, r"got \[1, 0, 2\] in row 0; number the documents"),
+        ({"segment_ids": np.array([[1, 0, 2], [2, 2, 0]])}, r"got segment_ids=\[1, 0, 2\] in row 0; move padding"),
     ],
     ids=[
         "chunk",
@@ -284,7 +284,7 @@ def changed(**arrays):
         "decay",
         "state",
         "ids",
-        "falls",
+        "in front",
         "gap",
     ],
 )
@@ -292,3 +292,26 @@ def changed(**arrays):
 def test_errors(arguments, text):
     with pytest.raises(ValueError, match=text):
         gated_delta_rule(**changed(**arguments))
+
+
+def test_what_segment_ids_are_called_does_not_matter_and_padding_in_front_is_loud():
+    """Ids that fall and come back are those of new documents; under jit, o and the final state of a row whose padding stands
+    in front of a token are NaN, and other rows as they were."""
+    arguments = changed()
+    run = jax.jit(lambda ids: gated_delta_rule(**arguments, segment_ids=ids, chunk_tokens=8))
+    again, numbered = (np.array([ids, [5, 5, 0]]) for ids in ([3, 2**24, 3], [1, 2, 3]))
+    jax.tree.map(np.testing.assert_array_equal, run(again), run(numbered))
+    for wrong in ([0, 1, 1], [1, 0, 1], [1, 1, -1]):
+        for got, want in zip(run(np.array([wrong, [5, 5, 0]])), run(numbered), strict=True):
+            assert np.all(np.isnan(got[0]))
+            np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("rows, n_tokens", [(B, 0), (0, 3)], ids=["no tokens", "no rows"])
+def test_calls_on_nothing(rows, n_tokens):
+    cut = lambda name, a: a[:rows] if name == "state" else a[:rows, :n_tokens]
+    arguments = {name: cut(name, a) for name, a in changed().items()}
+    for ids in (None, np.ones((rows, n_tokens), np.int32)):
+        o, state = gated_delta_rule(**arguments, segment_ids=ids)
+        assert o.shape == (rows, n_tokens, H, V)
+        np.testing.assert_array_equal(state, arguments["state"])

@@ -17,6 +17,7 @@ from jaxmem.layers.mamba import MambaConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
 from jaxmem.layers.rwkv7 import Rwkv7Config
 from jaxmem.layers.state_space import LinearStateSpaceConfig, StateSpaceConfig
+from jaxmem.planning.replica_groups import is_alone
 from jaxmem.sharding import MeshConfig, constrain, local, make_mesh, use_mesh
 from jaxmem.sharding.folds import halo, prefix_fold, sequence_axis
 
@@ -86,8 +87,8 @@ def exchanges(config, n_tokens):
         x = jax.ShapeDtypeStruct((2, n_tokens, 16), jnp.float32)
         text = jax.jit(jax.grad(loss, (0, 1))).lower(parameters, x).compile().as_text()
     kinds = "collective-permute|all-reduce|all-gather|reduce-scatter|all-to-all"
-    alone = r"replica_groups=(?:\{\{0\},|\[8,1\])"  # of every device with itself
-    exchange = rf"= (.*?) ({kinds})(?:-start)?\((?!.*{alone})"
+    exchange = rf"= (.*?) ({kinds})(?:-start)?\("
+    text = "\n".join(line for line in text.splitlines() if not is_alone(line))  # of every device with itself
     bodies = re.findall(r"body=%([\w.-]+)", text)
     for computation in text.split("\n\n"):
         if computation.lstrip().startswith(tuple(f"%{body} " for body in bodies)):

@@ -1,17 +1,27 @@
 """The text that tests/training/tiny.py trains on, and what two runs are compared by."""
 
+import dataclasses
+import functools
 import random
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxmem.checkpoints import load_checkpoint
-from jaxmem.training.experiment import TrainConfig
+from jaxmem.checkpoints import CheckpointConfig, CheckpointStore, complete_steps, load_checkpoint
+from jaxmem.config import to_json
+from jaxmem.sharding import MeshConfig
+from jaxmem.training import loop
+from jaxmem.training.experiment import TrainConfig, load_experiment
+from jaxmem.training.loop import Outcome, train
 from jaxmem.training.metrics import read_metrics
 from jaxmem.training.step import init_state
 
+TINY = Path(__file__).with_name("tiny.py")
+SAVED = (3, 6, 8)
+"""Steps of the checkpoints of `whole`."""
 TIMINGS = ("tokens_per_s", "step_s", "wait_s", "wall_s")
 
 
@@ -54,3 +64,76 @@ def compare():
         assert (found / "report.html").stat().st_size > 10_000
 
     return assert_same
+
+
+_train_step = functools.cache(loop.make_train_step)
+_eval_step = functools.cache(loop.make_eval_step)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Runs of one config share their compiled functions."""
+
+    def without_saves(config):
+        return dataclasses.replace(config, checkpoint=CheckpointConfig())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", lambda config: _train_step(without_saves(config)))
+        patch.setattr(loop, "make_eval_step", _eval_step)
+        yield
+
+
+@pytest.fixture(scope="session")
+def config(work):
+    """Of a run on eight devices."""
+    tiny = load_experiment(TINY)
+    return dataclasses.replace(
+        tiny,
+        data=dataclasses.replace(tiny.data, train=(str(work / "text"),)),
+        mesh=MeshConfig(data=2, fsdp=2, model=2),
+        steps=8,
+        checkpoint=CheckpointConfig(every_steps=3),
+        eval_every_steps=3,
+    )
+
+
+@pytest.fixture(scope="session")
+def whole(config, tmp_path_factory):
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert train(config, run_dir, experiment=TINY) == Outcome(8, stopped=False)
+    return run_dir
+
+
+@pytest.fixture
+def killed_after(whole, tmp_path):
+    """A function that copies the run as it was when killed after the save of a step, in the middle of a line."""
+
+    def copy(step: int) -> Path:
+        run_dir = shutil.copytree(whole, tmp_path / f"after_{step}")
+        for later in complete_steps(run_dir / "checkpoints"):
+            if later > step:
+                shutil.rmtree(run_dir / "checkpoints" / str(later))
+        path = run_dir / "metrics.jsonl"
+        lines = [
+            line for line, r in zip(path.read_text().splitlines(True), read_metrics(run_dir)) if r["step"] <= step + 3
+        ]
+        path.write_text("".join(lines)[:-40])
+        (run_dir / "report.html").unlink()
+        return run_dir
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def save_again():
+    """A function that replaces a checkpoint by one in which `change(tree)` was done."""
+
+    def save(config, run_dir, step, change=lambda tree: tree, data_state=None):
+        abstract = jax.eval_shape(lambda: init_state(config))._asdict()
+        restored = load_checkpoint(run_dir / "checkpoints", abstract, step)
+        shutil.rmtree(run_dir / "checkpoints" / str(step))
+        with CheckpointStore(run_dir / "checkpoints", config.checkpoint, to_json(config)) as store:
+            store.save(step, change(restored.tree), data_state or restored.data_state)
+
+    return save

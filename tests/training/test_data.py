@@ -1,15 +1,16 @@
 """Batches: every byte once an epoch, packing, global shuffle, exact resumption, processes, and the held-out split."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import random
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
+from tokenizer_kinds import KINDS, save_tokenizer
 
 from jaxmem.models.tokenizer import ByteTokenizer, FileTokenizer
 from jaxmem.training.data import (
@@ -18,9 +19,11 @@ from jaxmem.training.data import (
     heldout_batches,
     heldout_files,
     heldout_pieces,
+    read_text,
     train_batches,
     training_pieces,
 )
+from jaxmem.training.step import shifted
 
 CONTEXT, ROWS = 24, 4
 BOS = ByteTokenizer.bos_id
@@ -66,7 +69,7 @@ def segments(batches):
 
 def same(left, right):
     return len(left) == len(right) and all(
-        np.array_equal(a[name], b[name]) for a, b in zip(left, right) for name in ("tokens", "segment_ids")
+        np.array_equal(a[name], b[name]) for a, b in zip(left, right) for name in ("tokens", "segment_ids", "bytes")
     )
 
 
@@ -263,7 +266,7 @@ def test_tokenizer_file(folder, tmp_path):
         ]
     )
     assert tokenizer.bos_id not in targets
-    assert tokenizer.token_bytes[targets].sum() == sum(len(text) for _, text in heldout_files(fields))
+    assert sum(b["bytes"].sum() for b in batches) == sum(len(text) for _, text in heldout_files(fields))
     assert all((b["tokens"][:, 0] == tokenizer.bos_id)[b["segment_ids"][:, 0] > 0].all() for b in batches)
 
     stream = train_batches(config(folder, tokenizer=str(tmp_path)))
@@ -271,31 +274,6 @@ def test_tokenizer_file(folder, tmp_path):
     fresh = train_batches(config(folder, tokenizer=str(tmp_path)), tokenizer)
     fresh.set_state(state)
     assert same(take(fresh, 5), after)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"train": ()}, r"needs at least one folder, file or glob to train on, got train=\(\)"),
-        ({"heldout_fraction": 1.0}, r"needs a fraction in \[0, 1\), got heldout_fraction=1.0"),
-        ({"context_tokens": 3}, r"needs at least 4 tokens of context, .*got context_tokens=3"),
-        ({"batch_size": 0}, r"needs at least one row in a batch, got batch_size=0"),
-        ({"seed": -1}, r"needs a seed in \[0, 2\*\*32\), got seed=-1"),
-        ({"read_threads": -1}, r"needs no or some threads, got read_threads=-1"),
-    ],
-)
-def test_config_errors(fields, message):
-    with pytest.raises(ValueError, match=message):
-        DataConfig(**{"train": ("folder",)} | fields)
-
-
-def test_a_string_is_not_taken_for_a_tuple_of_letters():
-    """Checked on a stand-in: where annotations are checked, the real constructor refuses a string in other words."""
-    fields = types.SimpleNamespace(train="folder", heldout=(), exclude=())
-    with pytest.raises(
-        ValueError, match=r"needs a tuple of paths or patterns, got train='folder'; write \('folder',\)"
-    ):
-        DataConfig.__post_init__(fields)
 
 
 def test_errors_at_the_start(folder, tmp_path):
@@ -313,6 +291,65 @@ def test_errors_at_the_start(folder, tmp_path):
         ValueError, match=r"heldout data: needs at least one document with text, .* raise heldout_fraction"
     ):
         heldout_batches(config(folder))
+
+
+@pytest.fixture(scope="module")
+def odd_text(tmp_path_factory):
+    """Text of which a tokenizer may make more, less or nothing: spaces, accents, ligatures, blank documents, bad bytes."""
+    root = tmp_path_factory.mktemp("odd")
+    numbers = random.Random(0)
+    words = ["the", "cat", "Sat", "hélas", "\ufb01n", "😀", " ", "\n", "e\u0301", "qqq"]
+    for i in range(12):
+        (root / f"{i:02d}.txt").write_text(" ".join(numbers.choices(words, k=numbers.randint(3, 60))))
+    (root / "blank.txt").write_text(" \n" * 40)
+    (root / "bad.txt").write_bytes(b"caf\xe9 the cat")
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_batches_are_those_of_the_text(odd_text, tmp_path, kind):
+    """To the byte, over all batches and as `evaluate` and a training step count them, also where a piece has no token."""
+    save_tokenizer(kind, tmp_path / "tokenizer.json", ["the cat sat hélas fin"] * 4)
+    fields = config(odd_text, tokenizer=str(tmp_path), heldout=(str(odd_text),))
+    tokenizer = FileTokenizer(str(tmp_path))
+    expected = sum(len(text) for _, text in heldout_files(fields, tokenizer))
+    batches = list(heldout_batches(fields, tokenizer))
+    assert sum(int(batch["bytes"].sum()) for batch in batches) == expected
+    assert sum(int(shifted(batch).target_bytes.sum()) for batch in batches) == expected
+
+    pieces = training_pieces(dataclasses.replace(fields, heldout=()), tokenizer)
+    lengths = collections.Counter(len(pieces[i]) for i in range(len(pieces)))
+    assert sum(size * n for size, n in lengths.items()) == expected
+    batch = next(train_batches(dataclasses.replace(fields, heldout=()), tokenizer, pieces=pieces))
+    assert 0 < batch["bytes"].sum() <= expected and not batch["bytes"][batch["segment_ids"] == 0].any()
+
+
+@pytest.mark.parametrize("read_threads", [0, 2])
+def test_a_tokenizer_that_makes_no_token_is_an_error(folder, tmp_path, read_threads):
+    """It was waited for without end."""
+    from tokenizers import Regex, Tokenizer, models, normalizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>"))
+    tokenizer.normalizer = normalizers.Replace(Regex("[\\s\\S]"), "")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    fields = config(folder, tokenizer=str(tmp_path), read_threads=read_threads)
+    with pytest.raises(
+        ValueError, match=r"makes tokens of this text, got none of \d+ pieces in a row, .*\.txt'; use anoth"
+    ):
+        take(train_batches(fields), 1000)
+
+
+@pytest.mark.parametrize("read_threads", [0, 2])
+def test_a_word_without_a_token_is_named_with_its_file(folder, tmp_path, read_threads):
+    save_tokenizer("words without unknown", tmp_path / "tokenizer.json", ["the cat sat"])
+    fields = config(folder, tokenizer=str(tmp_path), read_threads=read_threads)
+    with pytest.raises(ValueError, match=r"data: cannot use '\d\d.txt': tokenizer: needs a token for every word, got"):
+        take(train_batches(fields), 1)
+
+
+def test_nothing_held_out(folder):
+    train, heldout = read_text(config(folder))
+    assert heldout is None and train.report.files == 30
 
 
 def test_importing_does_not_load_grain():

@@ -55,9 +55,17 @@ class Runs:
         if KILLS <= 3:  # bits are compared between equally compiled runs, and compiling is most of their time
             self.environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
-    def start(self, out: str, cache: bool = True, room: int | None = None) -> subprocess.Popen:
-        """Goes on with the run `out`; `room` is the size in bytes at which writing a file fails."""
+    def start(
+        self, out: str, cache: bool = True, room: int | None = None, background: bool = False
+    ) -> subprocess.Popen:
+        """Goes on with the run `out`; `room`: bytes at which writing a file fails; `background`: SIGINT is ignored."""
+        ignored = signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.default_int_handler)
+        try:
+            return self._start(out, cache, room)
+        finally:
+            signal.signal(signal.SIGINT, ignored)
 
+    def _start(self, out: str, cache: bool, room: int | None) -> subprocess.Popen:
         program = ["-m", "jaxmem.cli"] if room is None else ["-c", LITTLE_ROOM, str(room)]
         command = [sys.executable, *program, "train", str(TINY), "--out", out, "--steps", str(STEPS)]
         return subprocess.Popen(
@@ -161,25 +169,54 @@ def test_kill_9_at_random_moments(runs, whole, config, compare):
     assert in_saves and before_first
 
 
-def test_signals_save_and_leave_cleanly(runs, whole, config, compare):
-    run_dir = runs.work / "signalled"
-    for number in (signal.SIGTERM, signal.SIGINT):
+@pytest.mark.parametrize("asks", [("SIGTERM", "SIGINT"), ("SIGHUP", None)], ids=["signals", "terminal"])
+def test_what_asks_a_run_to_stop_saves_and_leaves_cleanly(asks, runs, whole, config, compare):
+    """SIGHUP where SIGINT is ignored from the start, as in the background job of a script; None: nobody reads the output."""
+    run_dir = runs.work / f"stopped_by_{asks[0]}"
+    for number in (name and signal.Signals[name] for name in asks):
         before = n_lines(run_dir)
-        process = runs.start(run_dir.name)
-        assert wait_until(process, lambda before=before: n_lines(run_dir) not in (0, before))
+        background = number == signal.SIGHUP
+        process = runs.start(run_dir.name, background=background)
+        if number is None:
+            process.stdout.readline()
+            process.stdout.close()
+            said = "standard output was closed"
+        else:
+            assert wait_until(process, lambda before=before: n_lines(run_dir) not in (0, before))
+            if background:
+                process.send_signal(signal.SIGINT)
+            process.send_signal(number)
+            said = number.name
         sent = time.monotonic()
-        process.send_signal(number)
-        printed, errors = process.communicate(timeout=PATIENCE_S)
+        printed, errors = (None, process.stderr.read()) if number is None else process.communicate(timeout=PATIENCE_S)
         took_s = time.monotonic() - sent
-        assert (process.returncode, errors) == (0, "")
+        process.wait(PATIENCE_S)
         (step,) = complete_steps(run_dir / "checkpoints")[-1:]
-        assert f"{number.name}: stopped after step {step}, all is saved; --resume goes on from there" in printed
+        sentence = f"{said}: stopped after step {step}, all is saved; --resume goes on from there"
+        if number is None:
+            assert (process.returncode, errors) == (0, f"jaxmem: {sentence}\n")
+            process.stderr.close()
+        else:
+            assert (process.returncode, errors) == (0, "")
+            assert sentence in printed
+            assert took_s < 15, f"{took_s:.1f} s from the signal to the end"
         assert read_metrics(run_dir)[-1]["step"] == step < STEPS, "every step that was made is saved"
-        assert took_s < 15, f"{took_s:.1f} s from the signal to the end"
     runs.finish(run_dir.name)
-    for name in complete_steps(run_dir / "checkpoints"):
-        assert name % 2 == 0 or name <= step
     compare(config, run_dir, whole)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_the_first_is_not_disturbed(runs, whole, config, compare):
+    first = runs.start("twice")
+    assert wait_until(first, lambda: n_lines(runs.work / "twice") > 0)
+    first.send_signal(signal.SIGSTOP)
+    _, errors = (second := runs.start("twice")).communicate(timeout=PATIENCE_S)
+    assert second.returncode == 2
+    assert errors.startswith("jaxmem: run: needs a folder that no other run writes to, got 'twice', which process ")
+    assert f"process {first.pid} on " in errors and errors.count("\n") == 1
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=PATIENCE_S)
+    assert (first.returncode, errors) == (0, "")
+    compare(config, runs.work / "twice", whole)
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(runs, whole, config, compare):

@@ -5,93 +5,36 @@ import functools
 import json
 import math
 import shutil
-import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizer_kinds import save_tokenizer
 
 from jaxmem.checkpoints import CheckpointConfig, CheckpointStore, best_step, complete_steps, load_checkpoint
 from jaxmem.config import from_json, to_json
 from jaxmem.models.tokenizer import load_tokenizer
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.training import loop
-from jaxmem.training.experiment import load_experiment
+from jaxmem.training.data import heldout_files
 from jaxmem.training.loop import Outcome, train
 from jaxmem.training.metrics import read_metrics
 from jaxmem.training.not_finite import NotFinite
 from jaxmem.training.run import load_run
-from jaxmem.training.signals import stop_on_signals
 from jaxmem.training.step import init_state
 
-TINY = Path(__file__).with_name("tiny.py")
 SAVED = (3, 6, 8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Runs of one config share their compiled functions."""
-    make_train_step = functools.cache(loop.make_train_step)
-
-    def without_saves(config):
-        return dataclasses.replace(config, checkpoint=CheckpointConfig())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", lambda config: make_train_step(without_saves(config)))
-        patch.setattr(loop, "make_eval_step", functools.cache(loop.make_eval_step))
-        yield
-
-
-@pytest.fixture(scope="module")
-def config(work):
-    tiny = load_experiment(TINY)
-    return dataclasses.replace(
-        tiny,
-        data=dataclasses.replace(tiny.data, train=(str(work / "text"),)),
-        mesh=MeshConfig(data=2, fsdp=2, model=2),
-        steps=8,
-        checkpoint=CheckpointConfig(every_steps=3),
-        eval_every_steps=3,
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    """An uninterrupted run."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    assert train(config, run_dir) == Outcome(8, stopped=False)
-    return run_dir
-
-
-@pytest.fixture
-def killed_after(whole, tmp_path):
-    """A function that copies the run as it was when killed after the save of a step, in the middle of a line."""
-
-    def copy(step: int) -> Path:
-        run_dir = shutil.copytree(whole, tmp_path / f"after_{step}")
-        for later in complete_steps(run_dir / "checkpoints"):
-            if later > step:
-                shutil.rmtree(run_dir / "checkpoints" / str(later))
-        lines = (run_dir / "metrics.jsonl").read_text()
-        (run_dir / "metrics.jsonl").write_text(lines[:-40])
-        (run_dir / "report.html").unlink()
-        return run_dir
-
-    return copy
 
 
 def abstract(config):
     return jax.eval_shape(lambda: init_state(config))._asdict()
 
 
-def save_again(config, run_dir, step, change):
-    """Replaces a checkpoint by one in which `change(tree)` was done."""
-    restored = load_checkpoint(run_dir / "checkpoints", abstract(config), step)
-    shutil.rmtree(run_dir / "checkpoints" / str(step))
-    with CheckpointStore(run_dir / "checkpoints", config.checkpoint, to_json(config)) as store:
-        store.save(step, change(restored.tree), restored.data_state)
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(compiled):
+    """Runs of one config share their compiled functions."""
 
 
 def change_leaves(tree, *words, value):
@@ -119,7 +62,7 @@ def assert_same_values(found, expected):
 
 def test_the_folder_of_a_run(whole, config):
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html"}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "code"}
     assert from_json(json.loads((whole / "config.json").read_text())) == config
     assert complete_steps(whole / "checkpoints") == list(SAVED)
     page = (whole / "report.html").read_text()
@@ -241,26 +184,57 @@ def test_another_config_is_named_and_nothing_is_touched(change, message, config,
         assert path.is_dir() or (run_dir / path.relative_to(whole)).read_bytes() == path.read_bytes(), path.name
 
 
-def test_another_model_is_noticed_without_config_json_too(config, killed_after):
+def test_other_data_are_noticed(config, killed_after, save_again, tmp_path):
     run_dir = killed_after(6)
-    (run_dir / "config.json").unlink()
-    with pytest.raises(ValueError, match="needs a new folder for a new run"):
-        train(config, run_dir)
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=512))
-    with pytest.raises(ValueError, match=r"needs the arrays of this model, got .*embedding.*vocab_size: .* 256"):
-        train(other, run_dir, resume=True)
-
-
-def test_other_data_are_noticed(config, killed_after, tmp_path):
-    run_dir = killed_after(6)
-    saved = json.loads((run_dir / "config.json").read_text())
     copy = shutil.copytree(config.data.train[0], tmp_path / "text")
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(copy),)))
+    save_again(elsewhere, run_dir, 6)
     with open(copy / "00.txt", "a") as file:
         file.write(" more")
-    saved["data"]["train"] = [str(copy)]
-    (run_dir / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="needs the training data that the checkpoint of step 6 was made with"):
-        train(from_json(saved), run_dir, resume=True)
+        train(elsewhere, run_dir, resume=True)
+
+
+def test_other_heldout_text_of_the_same_size_is_noticed(config, killed_after, save_again, tmp_path):
+    run_dir = killed_after(6)
+    copy = shutil.copytree(config.data.train[0], tmp_path / "text")
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(copy),)))
+    save_again(moved, run_dir, 6)
+    name, text = heldout_files(moved.data)[0]
+    (copy / name).write_bytes(text.swapcase())
+    with pytest.raises(
+        ValueError, match="needs the held-out data that the checkpoint of step 6 was made with, got other"
+    ):
+        train(moved, run_dir, resume=True)
+
+
+def test_without_held_out_text_and_with_a_tokenizer_that_disappears(config, tmp_path, capsys):
+    """One run of both: it is trained without evaluation, and its folder has all that it takes to generate and go on."""
+    path = tmp_path / "given" / "tokenizer.json"
+    path.parent.mkdir()
+    texts = [file.read_text() for file in Path(config.data.train[0]).iterdir()]
+    save_tokenizer("metaspace", path, texts)
+    data = dataclasses.replace(config.data, tokenizer=str(path), heldout_fraction=0.0)
+    config = dataclasses.replace(config, data=data, steps=2, checkpoint=CheckpointConfig(every_steps=1))
+    run_dir = tmp_path / "run"
+    train(config, run_dir)
+    printed = capsys.readouterr().out
+    assert "held-out data: none, so there is no evaluation" in printed and "no held-out text: nothing was" in printed
+    lines = read_metrics(run_dir)
+    assert [line["kind"] for line in lines] == ["train", "train", "final"] and "bits_per_byte" not in lines[-1]
+    assert (run_dir / "report.html").exists()
+    assert (run_dir / "tokenizer.json").read_bytes() == path.read_bytes()
+
+    kept = json.loads(path.read_text())
+    vocab = kept["model"]["vocab"]
+    a, b = sorted(vocab)[-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"resume: needs the tokenizer of the run in .* with other contents; put back"):
+        train(config, run_dir, resume=True)
+    path.unlink()
+    assert load_run(run_dir).tokenizer.content == (run_dir / "tokenizer.json").read_bytes()
+    train(dataclasses.replace(config, sample_tokens=0), run_dir, resume=True)
 
 
 # Starting
@@ -286,22 +260,10 @@ def test_a_mesh_that_does_not_fit_is_told_and_leaves_the_folder_free(mesh, messa
             train(dataclasses.replace(config, mesh=mesh), tmp_path / "run")
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_the_first_signal_is_noted_and_the_second_acts(first):
-    usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with stop_on_signals() as stop:
-        assert stop.by is None
-        signal.raise_signal(first)
-        assert stop.by is first
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == usual
-
-
 # Numbers that are not finite
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(config, killed_after):
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(config, killed_after, save_again):
     run_dir = killed_after(6)
     ruin = functools.partial(change_leaves, value=np.nan)
     save_again(config, run_dir, 6, lambda tree: ruin(tree, "params", "blocks", "ffn_norm", "scale"))
@@ -310,12 +272,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(config, killed_afte
     message = str(error.value)
     assert message.startswith("step 7: needs a finite loss, gradients and updates, got loss=nan")
     assert "not finite: the parameters of blocks/0/ffn_norm, blocks/1/ffn_norm; the step was not made" in message
+    command = f"jaxmem train EXPERIMENT.py --out {run_dir} --resume --optimizer.learning-rate 0.005"
+    assert f"to go on from step 6 with half the rate (or lower optimizer.clip_norm): {command}; if" in message
+    assert message.endswith("if its state has diverged already, --from-step 3 goes back further")
     assert complete_steps(run_dir / "checkpoints") == [3, 6]
     lines = read_metrics(run_dir)
     assert (lines[-1]["kind"], lines[-1]["step"]) == ("train", 7) and math.isnan(lines[-1]["loss"])
 
 
-def test_an_update_that_overflows_is_not_made_nor_saved(config, whole, killed_after, compare):
+def test_an_update_that_overflows_is_not_made_nor_saved(config, whole, killed_after, compare, save_again):
     """Finite gradients, but Adam's mean is huge and its mean square is 0: one step more would save infinities."""
     run_dir = killed_after(6)
 

@@ -33,7 +33,6 @@ WORDS = WordExpertsConfig(n_experts=6, d_expert=2, placement="beside")
 MODEL = DecoderConfig(
     16, 16, pattern=4 * (AttentionConfig(2),), repeats=2, vocab_size=VOCAB, memories=(SHARED, None, SHARED, WORDS)
 )
-BYTES = np.ones(VOCAB, int)
 
 
 def make_batches(n=2, padding=0):
@@ -42,7 +41,8 @@ def make_batches(n=2, padding=0):
     for _ in range(n):
         real = np.arange(T + 1) < numbers.integers(2, T + 2, (B, 1))
         tokens = np.where(real, numbers.integers(1, VOCAB, (B, T + 1)), padding)
-        yield {"tokens": tokens.astype(np.int32), "segment_ids": real.astype(np.int32)}
+        tokens, segments = tokens.astype(np.int32), real.astype(np.int32)
+        yield {"tokens": tokens, "segment_ids": segments, "bytes": segments}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def step(params):
 
 @pytest.fixture(scope="module")
 def found(step):
-    return evaluate(step, make_batches(), BYTES, MODEL, jnp.asarray).memory_use
+    return evaluate(step, make_batches(), MODEL, jnp.asarray).memory_use
 
 
 def test_numbers_by_hand():
@@ -101,7 +101,7 @@ def test_padding_does_not_count(found, step):
                     rows[name][: B // 2] = array[half]
                 yield rows
 
-    assert_same(evaluate(step, filled(), BYTES, MODEL, jnp.asarray).memory_use, found)
+    assert_same(evaluate(step, filled(), MODEL, jnp.asarray).memory_use, found)
 
 
 MESHES = {
@@ -118,7 +118,7 @@ def test_a_mesh_finds_the_same(params, found, name):
         is_param = lambda node: isinstance(node, nnx.Variable)
         place = lambda node: node.replace(jax.device_put(node[...], param_spec(node.axes, node.shape)))
         placed = jax.tree.map(place, params, is_leaf=is_param)
-        again = evaluate(lambda batch: step(placed, batch), make_batches(), BYTES, MODEL, on_mesh(mesh))
+        again = evaluate(lambda batch: step(placed, batch), make_batches(), MODEL, on_mesh(mesh))
         seen = step(placed, jax.tree.map(on_mesh(mesh), shifted(next(make_batches(1)))))
     assert all(z.is_fully_replicated for z in seen.memory_use), "every process has all of it"
     assert_same(again.memory_use, found)
@@ -128,12 +128,12 @@ def test_models_without_memories_have_no_numbers():
     plain = dataclasses.replace(MODEL, memories=())
     step = jax.jit(make_eval_step(plain))
     params = jax.jit(lambda: nnx.state(plain.make(rngs=nnx.Rngs(0)), nnx.Param))()
-    found = evaluate(lambda batch: step(params, batch), make_batches(1), BYTES, plain, jnp.asarray)
+    found = evaluate(lambda batch: step(params, batch), make_batches(1), plain, jnp.asarray)
     assert found.memory_use == MemoryUse()
 
 
 def test_an_evaluation_is_written_and_drawn(step, tmp_path):
-    evaluation = evaluate(step, make_batches(), BYTES, MODEL, jnp.asarray)
+    evaluation = evaluate(step, make_batches(), MODEL, jnp.asarray)
     with MetricsWriter(tmp_path) as metrics:
         metrics.write("eval", 4, **dataclasses.asdict(evaluation))
     assert read_metrics(tmp_path)[0]["memory_use"] == dataclasses.asdict(evaluation.memory_use)

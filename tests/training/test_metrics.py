@@ -160,8 +160,53 @@ def test_a_damaged_line_in_the_middle_is_an_error(run_dir):
     write_steps(run_dir, 1, 3)
     path = run_dir / "metrics.jsonl"
     path.write_bytes(path.read_bytes().replace(b'{"kind": "train", "step": 2', b'{"kind": "tr'))
-    with pytest.raises(ValueError, match=r"metrics: needs JSON on every line but the last, got line=2 of .*; repair"):
+    with pytest.raises(
+        ValueError, match=r"metrics: needs a JSON object with kind and step on every line, got line=2 of .*; repair"
+    ):
         read_metrics(run_dir)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[]", b"3", b'"text"', b"null", b"\0\0", b"\xff\xfe", b"{}", b'{"kind": "train", "step": "NaN"}', b"[" * 10**5],
+)
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_line_of_another_kind_is_named_with_its_file(line, place, run_dir):
+    write_steps(run_dir, 1, 2)
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes()
+    path.write_bytes(line + b"\n" + lines if place == "first" else lines + line + b"\n")
+    number = 1 if place == "first" else 4
+    with pytest.raises(ValueError, match=rf"got line={number} of {path} without; repair or remove that line"):
+        read_metrics(run_dir)
+
+
+def test_a_text_that_reads_like_a_number_stays_a_text(run_dir):
+    texts = ["NaN", "Infinity", "-Infinity", "\\NaN", "\\\\-Infinity", "nan", "-NaN", "NaN "]
+    numbers = [math.inf, -math.inf, 1.5]
+    with MetricsWriter(run_dir) as metrics:
+        metrics.write("train", 1, loss=math.nan)
+        metrics.write("final", 1, sample="NaN", texts=texts, numbers=numbers)
+    for _ in range(2):
+        train, final = read_metrics(run_dir)
+        assert math.isnan(train["loss"])
+        assert (final["sample"], final["texts"], final["numbers"]) == ("NaN", texts, numbers)
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        MetricsWriter(run_dir, resume_step=1).close()  # which writes what it read
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(lines[-1] + "\n")
+
+
+def test_more_lines_than_a_kill_can_leave_are_kept_elsewhere(run_dir):
+    write_steps(run_dir, 1, 9)
+    with MetricsWriter(run_dir, resume_step=7, drop_steps=2) as metrics:
+        assert metrics.notes == ["steps 8 to 9, which metrics.jsonl has already, are made again"]
+    assert sorted(path.name for path in run_dir.glob("metrics*")) == ["metrics.jsonl"]
+    with MetricsWriter(run_dir, resume_step=4, drop_steps=2) as metrics:
+        assert metrics.notes[1] == f"their lines are kept in {run_dir / 'metrics.after_4.jsonl'}"
+    kept = [json.loads(line) for line in (run_dir / "metrics.after_4.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in kept] == [("train", 5), ("train", 6), ("eval", 6), ("train", 7)]
+    assert kinds_and_steps(run_dir)[-1] == ("train", 4)
 
 
 def test_a_new_run_does_not_overwrite_another(run_dir):

@@ -16,6 +16,7 @@ from jaxmem.training.memory_plots import memory_use, slots_by_rank
 from jaxmem.training.memory_use import MemoryUse
 from jaxmem.training.metrics import MetricsWriter, read_metrics
 from jaxmem.training.report import write_report
+from jaxmem.training.router_plots import collapse, memories_in_use
 
 LAYERS, MEMORIES, CONTEXT_TOKENS = ("2", "4", "6", "8"), 4, 512
 
@@ -81,6 +82,8 @@ def write_run(run_dir, n_steps=2000, eval_every=200, with_final=True, **final):
                     position_edges=edges,
                     router_use=tilt,
                     router_layers=LAYERS,
+                    router_top_k=len(LAYERS) * [1],
+                    router_balance=MEMORIES * np.sum(tilt**2, axis=1),
                     memory_use=memory_use_at(step),
                     n_bytes=len(TEXT),
                 )
@@ -120,7 +123,7 @@ def svgs(page):
 
 
 def test_all_figures_are_there_and_well_formed(page):
-    assert len(svgs(page)) == 9
+    assert len(svgs(page)) == 10
     assert "Not shown" not in page
     for svg in svgs(page):
         ET.fromstring(svg)
@@ -151,6 +154,49 @@ def test_the_figures_of_memories_name_axes_units_and_layers(page):
     for text in ("slot, by rank of use (1 is the most used)", "weight read, relative to the mean slot", "even use"):
         assert f">{text}<" in by_rank
     assert "So few reads reach at most 90% of the slots of a layer." in page
+
+
+def router_line(step, use, top_k):
+    names = [2 * i for i in range(len(use))]
+    return {"step": step, "router_use": use, "router_layers": names, "router_top_k": len(use) * [top_k]}
+
+
+COLLAPSED, EVEN = [0.97, 0.01, 0.01, 0.01], [0.3, 0.3, 0.2, 0.2]
+
+
+def test_the_report_names_the_layers_whose_routers_have_collapsed(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        for step, second in ((100, EVEN), (200, COLLAPSED)):
+            line = router_line(step, [EVEN, second, EVEN, second], top_k=1)
+            metrics.write("eval", bits_per_byte=1.0, router_balance=[1.0, 3.2, 1.0, 3.2], **line)
+    page = write_report(tmp_path).read_text()
+    warning = re.search(r'<p class="warning">(.*?)</p>', page).group(1)
+    assert warning == (
+        "2 of 4 routers have collapsed: layer 2 (1.18 of 4 memories in use), layer 6 (1.18 of 4 memories in use); fewer than "
+        "1.75 in use count as a collapse. A larger load_balance evens them out."
+    )
+    assert "Routers: 2 of 4 collapsed" in page and "Load-balancing losses of the layers: 1 to 3.2, 1 is even." in page
+    figure = next(svg for svg in svgs(page) if "memories in use" in svg)
+    assert all(f">{text}<" in figure for text in ("layers 2, 6", "the others", "collapse"))
+
+
+@pytest.mark.parametrize(
+    "shares, top_k, collapsed",
+    [
+        (EVEN, 1, False),
+        (COLLAPSED, 1, True),
+        ([0.5, 0.5, 0, 0], 2, True),
+        ([0.5, 0.5, 0, 0], 1, False),
+        ([0.4, 0.4, 0.1, 0.1], 2, False),
+        ([0.5, 0.5], 2, False),
+        ([0, 0, 0, 0], 1, False),
+    ],
+    ids=str,
+)
+def test_a_router_has_collapsed_if_it_uses_hardly_more_than_top_k(shares, top_k, collapsed):
+    line = router_line(100, [shares], top_k)
+    assert (collapse(line) is not None) == collapsed
+    ET.fromstring(memories_in_use([line]).svg)
 
 
 def memory_lines(*steps, **options):
@@ -184,6 +230,40 @@ def test_the_summary_compares_with_the_compressors(page, run_dir):
     assert "the best of gzip, bzip2 and xz on whole files" in summary
 
 
+@pytest.mark.parametrize("sample", ["NaN", "Infinity", "\\NaN"])
+def test_a_sample_that_reads_like_a_number_is_shown(sample, tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write("final", 3, prompt="-Infinity", sample=sample)
+    assert f"<pre><b>-Infinity</b>{sample}</pre>" in write_report(tmp_path).read_text()
+
+
+def test_a_sample_of_an_older_version_that_was_read_as_a_number_is_shown(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "final", "step": 3, "prompt": "", "sample": "NaN"}\n')
+    assert "<pre>nan</pre>" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("config.json", "", r"needs a JSON object in .*config.json, got an empty file; put it back, or remove it"),
+        ("config.json", '{"steps": 1', r"needs a JSON object in .*config.json, got other text \(Expecting"),
+        ("config.json", "[1]", r"needs a JSON object in .*config.json, got a list; put it back"),
+        ("config.json", "\0\1", r"needs a JSON object in .*config.json, got other text"),
+        ("metrics.jsonl", "[]\n", r"got line=1 of .*metrics.jsonl without; repair or remove that line"),
+        (
+            "metrics.jsonl",
+            '{"kind": "eval", "step": 1, "bits_per_byte": "much"}\n',
+            r"report: needs lines as a run writes them, got others in .*metrics.jsonl \(",
+        ),
+    ],
+)
+def test_a_file_that_is_damaged_is_named(name, text, message, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path)
+
+
 def test_text_of_the_run_is_escaped(page):
     assert "<b>line 601: </b>67 words of a held-out file\n&lt;b&gt;5 &amp; more&lt;/b&gt;" in page
     assert "a &lt; b" in page
@@ -205,7 +285,7 @@ def test_a_killed_run_has_a_report(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "After 400 steps of a run that has not ended the model needs" in page
     assert "Not shown, for lack of numbers: comparison with compressors." in page
-    assert len(svgs(page)) == 8
+    assert len(svgs(page)) == 9
 
 
 def test_an_empty_run_has_a_report(tmp_path):

@@ -203,13 +203,15 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-@pytest.mark.parametrize("fault", ["gone", "shorter", "other"])
+@pytest.mark.parametrize("fault", ["gone", "shorter", "other", "same size"])
 def test_a_file_that_changes_after_indexing(tmp_path, name, fault):
     path = tmp_path / name
     path.write_text("long enough" if name == "a.txt" else '{"text": "long enough"}')
     write(tmp_path, {"z.txt": "stays"})
     pieces = read(str(tmp_path))
-    path.unlink() if fault == "gone" else path.write_text("{" if fault == "shorter" else "[]")
+    path.unlink() if fault == "gone" else path.write_text(
+        {"shorter": "{", "other": "[" * 99, "same size": path.read_text().replace("long", "lung")}[fault]
+    )
     assert [pieces[0], pieces[1], pieces[0], pieces[1]] == [b"", b"stays", b"", b"stays"]
     assert pieces.report.failed_reads == 2
     assert "2 failed reads (" + name in str(pieces.report)
@@ -242,6 +244,9 @@ def test_fingerprint_depends_on_data_and_not_on_the_place(tmp_path):
     )
     assert here == there
     assert here != read(write(tmp_path / "x", {"a.txt": "longer"})).fingerprint
+    assert here != read(write(tmp_path / "x", {"a.txt": "eno"})).fingerprint, "of the same size"
+    assert here == read(write(tmp_path / "x", {"a.txt": "one", "c.png": b"\x89PNG\r\n\x1a\n" + bytes(40)})).fingerprint
+    (tmp_path / "x" / "c.png").unlink()
     assert here != read(write(tmp_path / "y", {"a.txt": "one", "c.txt": "two"}), exclude=("z",)).fingerprint
 
 

@@ -16,7 +16,7 @@ from steps import VOCAB, B, T, as_batch, assert_close, fresh, make_batch, relati
 
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
-from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
+from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig, MixtureState, route
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.sharding import MeshConfig, current_rules, make_mesh, use_mesh
 from jaxmem.sharding.rules import rules_of
@@ -24,7 +24,7 @@ from jaxmem.training.data import DataConfig
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.optimizer import OptimizerConfig, parameter_groups
 from jaxmem.training.placement import on_mesh
-from jaxmem.training.step import init_state, make_train_step, merge
+from jaxmem.training.step import balance_loss, init_state, make_train_step, merge
 
 EVERY_MIXER = (
     AttentionConfig(2),
@@ -232,6 +232,7 @@ def test_loss_and_gradients_are_those_of_all_logits_in_any_number_of_parts(parts
 
     (loss, n_targets), wanted = oracle(fresh(config).params)
     assert metrics.n_targets == n_targets
+    assert metrics.n_bytes == tokens[segments != 0].sum(), "also those of a row's first token"
     assert_close(metrics.nats / metrics.n_targets, loss)
     assert_close(gradients(state), dict(zip(parameter_groups(wanted), jax.tree.leaves(wanted), strict=True)))
     assert_close(metrics.grad_norm, optax.tree.norm(wanted))
@@ -320,3 +321,26 @@ def test_the_load_balancing_loss_reaches_the_routers():
     assert without.load_balance == balanced.load_balance >= 1.9, "2 memories of 4 per token: 2 if even"
     assert without.nats == balanced.nats
     assert relative_rms(balanced.grad_norms["blocks/0/mixer"], without.grad_norms["blocks/0/mixer"]) > 1e-3
+
+
+SMALL = MixtureOfMemoriesConfig(GatedDeltaNetConfig(1, 4, 4, chunk_tokens=8), top_k=1, shared_memory=False)
+
+
+@pytest.mark.parametrize("repeats", [4, 2, 1])
+def test_the_load_balancing_loss_is_of_single_routers_however_layers_are_written(repeats):
+    """The router of layer l sends all of its tokens to memory l: even over layers, and collapsed in each."""
+    pattern = (4 // repeats) * (SMALL,)
+    config = DecoderConfig(d_model=16, d_ffn=16, pattern=pattern, repeats=repeats)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(routers):
+        real = jnp.ones((2, 16), bool)
+        use = [route(jnp.broadcast_to(logits, (2, 16, 4)), real, 1)[2] for logits in routers]
+        stacked = [jax.tree.map(lambda *x: jnp.stack(x), *use[place :: len(pattern)]) for place in range(len(pattern))]
+        return balance_loss(config, tuple(MixtureState(None, None, None, use, {}, None) for use in stacked))
+
+    value, gradient = loss(4 * jnp.eye(4))
+    alone = 4 * jax.nn.softmax(jnp.array([4.0, 0, 0, 0]))[0]
+    np.testing.assert_allclose(value, alone, rtol=1e-6)
+    assert np.all(np.diag(gradient) > 0.04), "every router feels it"

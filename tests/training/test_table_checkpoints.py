@@ -116,10 +116,6 @@ def test_tables_come_back_on_another_mesh(runs, mesh):
 
 
 def test_errors(runs):
-    with pytest.raises(
-        ValueError, match="checkpoints: needs tables to be whole or touched, got tables='half'; change it"
-    ):
-        dataclasses.replace(CONFIG.checkpoint, tables="half")
     dense = dataclasses.replace(CONFIG.optimizer, tables=dataclasses.replace(CONFIG.optimizer.tables, update="dense"))
     with pytest.raises(ValueError, match="needs checkpoint.tables='whole' where every row changes at every step, got"):
         dataclasses.replace(CONFIG, optimizer=dense)

@@ -30,10 +30,10 @@ SHARED = MemoryConfig(KEYS, output="swilu", shared_table=True, placement="beside
 
 
 def experiment(memories=(OWN, SHARED), *, accumulate=1, schedule="constant", **tables):
-    attention = AttentionConfig(2)
+    layers = (AttentionConfig(2),) * len(memories)
     options = {"learning_rate": 0.01, "eps": 0.1, "clip_norm": None} | tables
     return TrainConfig(
-        model=DecoderConfig(16, 32, (attention, attention), repeats=2, vocab_size=64, memories=memories),
+        model=DecoderConfig(16, 32, layers, repeats=2, vocab_size=64, memories=memories),
         data=DataConfig(train=("unused",), batch_size=8),
         optimizer=OptimizerConfig(
             learning_rate=0.02, schedule=schedule, eps=0.1, tables=TableOptimizerConfig(**options)
@@ -84,7 +84,7 @@ def test_parts_of_a_batch_add_up():
 
 
 def test_rows_that_were_not_read_stay_and_a_broken_step_moves_none():
-    config = experiment((few(OWN, 1), None))
+    config = experiment((few(OWN, 1),))
     before = fresh(config)
     after, told = run(config, 1)
     name = lambda state: state.params["blocks"][0]["memory"]["table"]["values"][...]
@@ -98,7 +98,7 @@ def test_rows_that_were_not_read_stay_and_a_broken_step_moves_none():
 
 
 def test_a_step_that_reads_too_many_rows_is_not_made():
-    config = experiment((few(OWN), None), max_rows=3)
+    config = experiment((few(OWN),), max_rows=3)
     state, told = run(config, 1)
     assert not told.finite and int(state.step) == 0 and not np.isfinite(told.grad_norms["memory tables"])
 
@@ -141,12 +141,12 @@ def test_a_step_needs_memory_for_rows_and_not_for_tables():
 
     def temporary_bytes(update, n_slots):
         keys = dataclasses.replace(KEYS, n_slots=n_slots, top_k=2)
-        config = experiment((MemoryConfig(keys), dataclasses.replace(SHARED, keys=keys)), update=update)
+        config = experiment((MemoryConfig(keys),), update=update)
         state = jax.eval_shape(lambda: init_state(config))
         step = jax.jit(make_train_step(config), donate_argnums=0)
         return step.lower(state, as_batch(*make_batch())).compile().memory_analysis().temp_size_in_bytes
 
-    n_tables, table_bytes = 3, 2**16 * 16 * 4
+    n_tables, table_bytes = 2, 2**16 * 16 * 4  # one in each of two repeats
     grown = temporary_bytes("lazy", 2**16) - temporary_bytes("lazy", 2**8)
     assert grown < table_bytes, grown  # scores of 256 sub-keys instead of 16 are what grows
     assert temporary_bytes("dense", 2**16) - temporary_bytes("lazy", 2**16) > n_tables * table_bytes

@@ -1,0 +1,108 @@
+"""Delta rules in chunks keep 1e-5 in outputs, states and all gradients where it is hardest: nearly no decay, keys of length 1
+that are written with strengths up to 2, nearly parallel keys; against the equations in float64, step by step."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_recurrences import EQUATIONS, B, H, K, V, assert_close
+
+from jaxmem.recurrences import delta
+
+T = 256
+RULES = ["delta_rule", "gated_delta_rule", "kimi_delta_attention", "gated_delta_net_2", "comba", "dplr", "rwkv7"]
+DECAYS = {"none": 1e-6, "weak": 0.05, "strong": 2.0}
+PER_CHANNEL = ("kimi_delta_attention", "gated_delta_net_2", "dplr", "rwkv7")
+
+
+def product(n_steps, token, _, state):
+    """Gated DeltaProduct of any number of steps, whose last one reads."""
+    rule = EQUATIONS["delta_rule"]
+    state = jnp.exp(token["g"])[..., None, None] * state
+    for n in range(n_steps):
+        step = {name: token[name][:, n] for name in ("k", "v", "beta")}
+        o, state = rule({"q": token["q"], **step}, None, state)
+    return o, state
+
+
+def make_inputs(name, n_steps, decay, beta, spread):
+    """Keys of length 1; spread: how far apart they are, None for any direction."""
+    rng = np.random.default_rng(0)
+
+    def unit(*axes):
+        x = rng.normal(size=axes) * (1 if spread is None else spread)
+        x += 0 if spread is None else np.ones(K) / K**0.5
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    each = (B, T, H) if not n_steps else (B, T, n_steps, H)
+    full = lambda value, *axes: np.full(axes, value)
+    q, k, v = rng.normal(size=(B, T, H, K)), unit(*each, K), rng.normal(size=(*each, V))
+    g = full(-decay, B, T, H, *[K] * (name in PER_CHANNEL))
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": full(beta, *each), "state": rng.normal(size=(B, H, K, V))}
+    if name == "delta_rule":
+        del inputs["g"]
+    if name == "comba":
+        inputs["p"] = k.copy()
+    if name == "gated_delta_net_2":
+        del inputs["beta"]
+        inputs |= {"b": full(beta, B, T, H, K), "w": full(beta, B, T, H, V)}
+    if name in ("dplr", "rwkv7"):
+        del inputs["beta"]
+        inputs |= {"k": beta * k, "a": -k, "b": beta * k}
+    if name == "rwkv7":
+        inputs["r"], inputs["w"] = inputs.pop("q"), inputs.pop("g")
+    single = lambda a: a.astype(np.float32)
+    weight = rng.normal(size=(B, T, H, V)), rng.normal(size=(B, H, K, V))
+    return jax.tree.map(single, inputs), jax.tree.map(single, weight)
+
+
+def by_equations(equation, inputs):
+    tokens = {name: jnp.moveaxis(x, 1, 0) for name, x in inputs.items() if name != "state"}
+    state, o = jax.lax.scan(lambda s, t: equation(t, None, s)[::-1], inputs["state"], tokens)
+    return jnp.moveaxis(o, 0, 1), state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs_and_gradients(rule, inputs, weight):
+    outputs, pull = jax.vjp(rule, inputs)
+    return outputs, pull(weight)[0]
+
+
+@functools.cache
+def rules(name, n_steps, chunk_tokens):
+    equation = functools.partial(product, n_steps) if n_steps else EQUATIONS[name]
+    rule = lambda inputs: getattr(delta, name)(**inputs, chunk_tokens=chunk_tokens, implementation="xla")
+    return rule, functools.partial(by_equations, equation)
+
+
+def check(name, n_steps, chunk_tokens, **setting):
+    inputs, weight = make_inputs(name, n_steps, **setting)
+    rule, exact = rules(name, n_steps, chunk_tokens)
+    got = outputs_and_gradients(rule, inputs, weight)
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda a: a.astype(np.float64), (inputs, weight))
+        want = jax.device_get(outputs_and_gradients(exact, *double))
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+@pytest.mark.parametrize("chunk_tokens", [32, 128])
+def test_nearly_no_decay(chunk_tokens, beta):
+    check("gated_delta_rule", 0, chunk_tokens, decay=1e-6, beta=beta, spread=None)
+
+
+def test_four_products():
+    check("gated_delta_product", 4, 32, decay=1e-6, beta=1.0, spread=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("name", [*RULES, "product 1", "product 2", "product 4"])
+def test_the_whole_grid(name, chunk_tokens):
+    n_steps = int(name[-1]) if name.startswith("product") else 0
+    for decay, beta, spread in itertools.product(DECAYS.values(), (0.5, 1.0, 2.0), (None, 0.03)):
+        setting = {"decay": decay, "beta": beta, "spread": spread}
+        check("gated_delta_product" if n_steps else name, n_steps, chunk_tokens, **setting)
