@@ -54,8 +54,6 @@ def agreed(monkeypatch, *facts) -> list[Exception | None]:
         process_id = property(lambda self: local.index)
 
     rounds = defaultdict(lambda: iter(range(99)))
-    monkeypatch.setattr(agreement, "distributed", SimpleNamespace(global_state=State()))
-    monkeypatch.setattr(agreement, "next", lambda _: next(rounds[local.index]), raising=False)
 
     def process(index):
         local.index = index
@@ -65,10 +63,13 @@ def agreed(monkeypatch, *facts) -> list[Exception | None]:
             raised[index] = error
 
     threads = [threading.Thread(target=process, args=(index,)) for index in range(len(facts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(agreement, "distributed", SimpleNamespace(global_state=State()))
+        patch.setattr(agreement, "next", lambda _: next(rounds[local.index]), raising=False)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return raised
 
 

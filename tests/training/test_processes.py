@@ -187,7 +187,7 @@ def test_what_two_processes_made_is_read_by_one_but_goes_on_with_two(work, whole
         ),
         (
             ("--data.train", "other"),
-            "got training data: '[0-9a-f]+' on process 0 and '[0-9a-f]+' on process 1; held-out",
+            "processes, got the training data: .+ on process 0 and .+ on process 1; ",
         ),
         (("--nonsense", "3"), "needs all 2 processes, got process 1 that has ended: its options cannot be read"),
     ],
