@@ -333,8 +333,8 @@ def test_an_optimiser_that_keeps_other_moments_is_told_with_what_can_be_done(two
         load_checkpoint(two_checkpoints, other)
     assert str(error.value).endswith(
         "2: needs an optimiser that keeps of each parameter what is saved of it, got another: opt_state/mu/router: "
-        "checkpoint has none, model float32[4, 2]; its parameters fit and can be used, but a run goes on with the version of jaxmem and "
-        "the optimizer that it began with only; use these, or start a new run"
+        "checkpoint has none, model float32[4, 2]; its parameters fit and can be used, but a run goes on with the version "
+        "of jaxmem and the optimizer that it began with only; use these, or start a new run"
     )
     assert load_checkpoint(two_checkpoints, {"params": other["params"]}).step == 2
 
