@@ -112,11 +112,12 @@ def found_beside(path: Path) -> Iterator[None]:
 
 def explained(error: BaseException, path: Path) -> str:
     """One sentence: the line of the experiment file that an error comes from, and what it says."""
-    frames = [frame for frame in traceback.walk_tb(error.__traceback__) if frame[0].f_code.co_filename == str(path)]
+    names = {str(path), str(path.absolute()), str(path.resolve())}
+    frames = [frame for frame in traceback.walk_tb(error.__traceback__) if frame[0].f_code.co_filename in names]
     line = frames[-1][1] if frames else None
     text = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
-        inside = error.filename == str(path)
+        inside = error.filename in names
         line, text = (
             (error.lineno, error.msg) if inside else (line, f"{error.msg} in {error.filename}, line {error.lineno}")
         )
