@@ -278,6 +278,7 @@ READS_BESIDE = """
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, of a read that was given up
 def test_loads_beside_a_run_that_keeps_one_checkpoint(tmp_path):
     child, steps = start_child(READS_BESIDE, tmp_path), set()
     while not complete_steps(tmp_path):
