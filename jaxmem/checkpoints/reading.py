@@ -112,8 +112,8 @@ def _load(
             if all(line.startswith("opt_state/") for line in differences) and not _of_model(changes):
                 raise ValueError(
                     f"checkpoint {folder}: needs an optimiser that keeps of each parameter what is saved of it, got another: "
-                    f"{_first(differences)}; its parameters fit and can be used, but a run goes on with the version of jaxmem "
-                    "and the optimizer that it began with only; use these, or start a new run"
+                    f"{_first(differences)}; its parameters fit and can be used, but a run goes on with the version of "
+                    "jaxmem and the optimizer that it began with only; use these, or start a new run"
                 )
             raise ValueError(
                 f"checkpoint {folder}: needs the arrays of this model, got {_first(differences)}; "

@@ -261,7 +261,7 @@ class TableStore:
             self.compact()
 
     def keep_or_warn(self, steps: Iterable[int]) -> None:
-        """`keep` behind a step that is saved: if it fails, as on a full disk, that is a warning, and the next may drop them."""
+        """`keep` behind a step that is saved: where it fails, as on a full disk, a warning; the next drops them."""
         try:
             self.keep(steps)
         except CheckpointError as error:

@@ -1,5 +1,8 @@
 """Rows on disk behind a cache on the device: trained as the whole table is, saved as steps, and nothing between steps."""
 
+import contextlib
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,17 @@ from jaxmem.training.lazy_adam import LazyAdamState, apply_rows, lazy_adam
 
 M, V, T, K = 10**7, 16, 4, 4
 OPTIMIZER = lazy_adam(0.1)
+
+
+@contextlib.contextmanager
+def largest_file(n_bytes: int):
+    """Writes beyond this size fail as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def new(directory) -> TableStore:
@@ -105,6 +119,29 @@ def test_rows_written_and_not_saved_are_read(tmp_path):
         assert read["nu"][:, 0].tolist() == [1, 1, 0, 1]
         assert disk.save(len(disk.store.steps())) in (4, 0)
     assert disk.read(np.zeros(0, np.int64))["values"].shape == (0, V)
+
+
+def test_refused_writes_leave_nothing_and_saves_may_be_repeated(tmp_path):
+    disk = DiskRows(new(tmp_path / "table"))
+    row = {name: np.ones((1, V), np.float32) for name in ("values", "mu", "nu")}
+    before = disk.read(np.array([3, 4]))
+    for rows, arrays, message in (
+        ([3], {"mu": row["mu"]}, "needs each row once, and 1 rows of all arrays, got .*'mu': 1, 'nu': 0"),
+        ([3], row | {"nu": np.ones((1, V + 1), np.float32)}, "needs nu as stored"),
+        ([3, 3], {name: np.ones((2, V), np.float32) for name in row}, "needs each row once"),
+        ([M], row, f"needs rows in 0..{M - 1}, got {M}..{M}"),
+        (np.array([True]), row, "needs the numbers of rows as integers, got bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            disk.write(np.array(rows), arrays)
+    for name, array in disk.read(np.array([3, 4])).items():
+        np.testing.assert_array_equal(array, before[name])
+    assert disk.save(1) == 0
+    disk.write(np.array([3]), row)
+    with largest_file(100), pytest.raises(CheckpointError, match="make room there, and save again"):
+        disk.save(2, keep_last=1)
+    assert disk.save(2, keep_last=1) == 1 and disk.store.steps() == [2]
+    np.testing.assert_array_equal(disk.read(np.array([3]))["mu"], row["mu"])
 
 
 def test_damage_is_told_by_the_place_that_needs_it(tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, on any mesh, and survive kills, full disks and damaged files."""
 
 import contextlib
+import json
 import os
 import pathlib
 import random
@@ -27,6 +28,7 @@ from jaxmem.checkpoints import (
     complete_steps,
     load_checkpoint,
     read_run_config,
+    reading,
 )
 from jaxmem.checkpoints.integrity import CHECKSUMS
 
@@ -230,6 +232,67 @@ def test_a_run_goes_on_from_the_older_checkpoint_and_saves_the_damaged_step_agai
     assert (directory / "2.damaged").is_dir() and complete_steps(directory) == [1, 2]
 
 
+def test_checkpoints_whose_folders_changed_names_are_told(two_checkpoints, tmp_path):
+    directory = shutil.copytree(two_checkpoints, tmp_path / "run")
+    for before, after in (("1", "0"), ("2", "1"), ("0", "2")):
+        (directory / before).rename(directory / after)
+    message = (
+        "checkpoint 2 is damaged: its folder holds that of step 1, renamed; checkpoint 1 is .* holds that of step 2"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(directory, abstract(arrays(1)))
+    for step in "12":  # as jaxmem 0.1 wrote them
+        file = directory / step / CHECKSUMS / f"{CHECKSUMS}.json"
+        file.write_text(json.dumps(json.loads(file.read_text())["files"]))
+    assert load_checkpoint(directory, abstract(arrays(1))).step == 2
+
+
+@pytest.mark.parametrize("moment", ["_load", "check_files", "read_json"])
+def test_what_a_run_drops_while_it_is_read_is_read_again(moment, two_checkpoints, tmp_path, monkeypatch):
+    """A run that keeps one checkpoint: the next appears, and then the one that was chosen goes, at any moment."""
+    directory, dropped = shutil.copytree(two_checkpoints, tmp_path / "run"), []
+    (directory / "2").rename(tmp_path / "next")
+    method = getattr(reading, moment)
+
+    def drop(*arguments, **options):
+        if (moment != "read_json" or arguments[1] == "data_state") and not dropped:
+            (tmp_path / "next").rename(directory / "2")
+            dropped.append((directory / "1").rename(tmp_path / "gone"))
+        return method(*arguments, **options)
+
+    monkeypatch.setattr(reading, moment, drop)
+    restored = load_checkpoint(directory, abstract(arrays(1)))
+    assert (restored.step, restored.notes) == (2, []) and dropped
+    assert_same(restored.tree, arrays(2))
+    assert read_run_config(directory) == RUN_CONFIG
+
+
+READS_BESIDE = """
+    import sys, jax, jax.numpy as jnp
+    from jaxmem.checkpoints import CheckpointConfig, CheckpointStore
+    with CheckpointStore(sys.argv[1], CheckpointConfig(keep_last=1, keep_best=0), {}) as store:
+        for step in range(1, 10_000):
+            store.save(step, {"step": jnp.int32(step), "rows": jnp.full((4, 500), step)}, {})
+            print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, of a read that was given up
+def test_loads_beside_a_run_that_keeps_one_checkpoint(tmp_path):
+    child, steps = start_child(READS_BESIDE, tmp_path), set()
+    while not complete_steps(tmp_path):
+        time.sleep(0.01)
+    asked = {"step": jax.ShapeDtypeStruct((), jnp.int32), "rows": jax.ShapeDtypeStruct((4, 500), jnp.int32)}
+    for _ in range(322):
+        restored = load_checkpoint(tmp_path, asked)
+        assert restored.notes == [] and np.all(restored.tree["rows"] == restored.step)
+        steps.add(restored.step)
+    child.kill()
+    child.communicate()
+    assert len(steps) > 10
+
+
 def test_an_unreadable_metric_does_not_stop_a_run(two_checkpoints, tmp_path):
     directory = shutil.copytree(two_checkpoints, tmp_path / "run")
     truncate(directory / "2" / "metric" / "metric.json")
@@ -270,9 +333,9 @@ def test_an_optimiser_that_keeps_other_moments_is_told_with_what_can_be_done(two
     with pytest.raises(ValueError) as error:
         load_checkpoint(two_checkpoints, other)
     assert str(error.value).endswith(
-        "2: needs an optimiser that keeps of each parameter what is saved of it, got another: opt_state/mu/router: checkpoint "
-        "has none, model float32[4, 2]; its parameters fit and can be used, but a run goes on with the version of jaxmem and "
-        "the optimizer that it began with only; use these, or start a new run"
+        "2: needs an optimiser that keeps of each parameter what is saved of it, got another: opt_state/mu/router: "
+        "checkpoint has none, model float32[4, 2]; its parameters fit and can be used, but a run goes on with the version "
+        "of jaxmem and the optimizer that it began with only; use these, or start a new run"
     )
     assert load_checkpoint(two_checkpoints, {"params": other["params"]}).step == 2
 

@@ -95,6 +95,14 @@ def test_touched_rows_are_those_of_gradients():
     assert np.flatnonzero(touch(none_touched(10), jnp.array([-1, 10, 0]))).tolist() == [0]
 
 
+@pytest.mark.parametrize("rows", [jnp.array([True, False, True]), jnp.array([1.0])])
+def test_touched_rows_are_numbers(rows):
+    with pytest.raises(
+        ValueError, match="needs the numbers of touched rows as integers, got (bool|float32); for a mask"
+    ):
+        touch(none_touched(3), rows)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_from_any_mesh_to_any_mesh(axis_type, tmp_path):
     mesh = lambda *shape: jax.make_mesh(shape, ("fsdp", "model"), axis_types=(axis_type,) * 2)

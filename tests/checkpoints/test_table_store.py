@@ -1,22 +1,27 @@
 """Tables on disk: any rows are read, written and grown alone; damage, other shapes and full disks are one sentence each."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
 import resource
 import shutil
 import threading
+from collections import Counter
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmem.checkpoints.reading import CheckpointError
+from jaxmem.checkpoints.table_files import SUFFIX_BYTES, NamedFiles
 from jaxmem.checkpoints.table_rows import CHUNK_BYTES, RowArray, initial_rows
 from jaxmem.checkpoints.table_store import TableStore
+from jaxmem.checkpoints.table_versions import Versions
 
 N_ROWS = 1000
+FULL_DISKS = int(os.environ.get("JAXMEM_FULL_DISKS", "3"))
 ARRAYS = {
     "values": RowArray(24, stddev=0.5, seed=3),
     "inputs": RowArray(5, "bfloat16", stddev=2.0),
@@ -201,6 +206,23 @@ def test_dropped_steps_free_their_space(cold, tmp_path):
             "without the NaN of",
         ),
         (lambda s: s.read("values", [-1, 3]), r"needs rows in 0..999, got -1..3; grow the table, or change them"),
+        (
+            lambda s: s.read("values", np.arange(N_ROWS) < 3),
+            r"needs the numbers of rows as integers, got bool\[1000\]; use np",
+        ),
+        (
+            lambda s: s.read("values", [1.0, 2.5]),
+            r"needs the numbers of rows as integers, got float64\[2\]; convert them",
+        ),
+        (lambda s: s.read("values", [[1, 2]]), r"needs the numbers of rows in one dimension, got \[1, 2\]; flatten"),
+        (
+            lambda s: s.write(np.array([True]), {"mu": np.ones((1, 24), np.float32)}),
+            r"needs the numbers of rows as integers, got bool\[1\]; use np.flatnonzero\(mask\)",
+        ),
+        (
+            lambda s: s.write([2], {"mu": np.ones((1, 24), np.float32)}, step=5.0),
+            "needs a step that is an integer, got step=5.0; convert it",
+        ),
         (lambda s: s.read("values", [3], step=7), r"needs one of the steps \[4\], got step=7; choose another"),
         (lambda s: s.rewind(3), r"needs one of the steps \[4\], got step=3"),
         (lambda s: s.grow(999), "needs at least its 1000 rows, got n_rows=999; rows are never dropped"),
@@ -278,6 +300,47 @@ def test_a_damaged_chunk_is_told_with_its_rows_and_others_are_read(tmp_path):
     np.testing.assert_array_equal(store.read("values", slice(64, 80)), numbers(1, 16, 64))
 
 
+def swap(one: pathlib.Path, other: pathlib.Path):
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def without_name(path: pathlib.Path):
+    """As jaxmem 0.1 wrote it, and as a kill behind the commit leaves it."""
+    os.truncate(path, path.stat().st_size - SUFFIX_BYTES)
+
+
+def test_data_files_that_have_changed_places_are_told(tmp_path):
+    """All commits write the same rows, so that chunks and index of each fit in the place of another's."""
+    whole = new(tmp_path, arrays={"values": RowArray(64)})
+    other = TableStore.create(tmp_path / "other", N_ROWS, {"values": RowArray(64)})
+    for step in range(3):
+        whole.write(slice(0, 32), {"values": numbers(step, 32, 64)}, step)
+        other.write(slice(0, 32), {"values": numbers(7 + step, 32, 64)}, step)
+    files = sorted(os.listdir(whole.directory / "d"))
+    assert len(files) >= 4
+    pairs = [(a, whole.directory / "d" / b) for a, b in itertools.combinations(files, 2)]
+    pairs += [(files[-1], path) for path in (other.directory / "d").iterdir()]
+    for n, (name, source) in enumerate(pairs):
+        copy = shutil.copytree(whole.directory, tmp_path / f"copy{n}")
+        if source.parent.parent == whole.directory:
+            swap(copy / "d" / name, copy / "d" / source.name)
+        else:
+            shutil.copy(source, copy / "d" / name)
+        with pytest.raises(CheckpointError, match=rf"is damaged: needs d/\w+ as written, got the contents of {source.name}|"
+                           rf"got the contents of {name}; rename the files back"):  # fmt: skip
+            TableStore(copy).read("values", slice(0, 32))
+    for path in (whole.directory / "d").iterdir():
+        without_name(path)
+    old = TableStore(whole.directory)
+    np.testing.assert_array_equal(old.read("values", slice(0, 32), step=1), numbers(1, 32, 64))
+    old.write(slice(0, 32), {"values": numbers(3, 32, 64)}, 3)  # which names the files before it too
+    swap(*(whole.directory / "d" / name for name in files[:2]))
+    with pytest.raises(CheckpointError, match="got the contents of"):
+        TableStore(whole.directory)
+
+
 def test_damage_anywhere_is_told_and_never_read_as_rows(tmp_path):
     whole = new(tmp_path, arrays={"values": RowArray(16, stddev=1.0)})
     small = next((whole.directory / "d").iterdir()).name
@@ -317,8 +380,11 @@ def largest_file(n_bytes: int):
 
 
 def test_a_full_disk_is_told_and_the_state_before_stays(tmp_path):
+    with largest_file(100), pytest.raises(CheckpointError, match="make room there, and save again"):
+        new(tmp_path)
     store = new(tmp_path)
     store.write(slice(None), {"values": numbers(0, N_ROWS, 24)}, step=1)
+    before = sorted(path for path in store.directory.rglob("*"))
     for room in (10_000, 100):  # not enough for the rows; not enough for the manifest
         with largest_file(room), pytest.raises(CheckpointError) as error:
             store.write(slice(None), {"values": numbers(1, N_ROWS, 24)}, step=2)
@@ -327,6 +393,7 @@ def test_a_full_disk_is_told_and_the_state_before_stays(tmp_path):
         assert "too large" in message
         assert message.endswith("; what was committed before is intact; make room there, and save again")
         assert store.steps() == [1]
+        assert sorted(path for path in store.directory.rglob("*")) == before, "a refused write leaves nothing"
         for reader in (store, TableStore(store.directory)):
             np.testing.assert_array_equal(reader.read("values", slice(None)), numbers(0, N_ROWS, 24))
     store.write(slice(None), {"values": numbers(1, N_ROWS, 24)}, step=2)
@@ -336,6 +403,60 @@ def test_a_full_disk_is_told_and_the_state_before_stays(tmp_path):
     store.compact()
     assert disk_bytes(store) < used, "what the failed writes left is deleted too"
     np.testing.assert_array_equal(store.read("values", slice(None), step=2), numbers(1, N_ROWS, 24))
+
+
+def test_a_full_disk_that_keeps_old_steps_has_the_new_one(tmp_path, monkeypatch):
+    store = new(tmp_path, arrays={"values": RowArray(64)})
+    for step in range(3):
+        store.write([step], {"values": numbers(step, 1, 64)}, step)
+    with largest_file(10), pytest.warns(UserWarning, match="older steps are still there: .* make room there"):
+        store.keep_or_warn([2])
+    assert store.steps() == [0, 1, 2]
+    store.write([3], {"values": numbers(3, 1, 64)}, 3)
+    store.keep_or_warn([3])
+    assert store.steps() == [3]
+
+
+def test_a_storm_of_full_disks(tmp_path):
+    """JAXMEM_FULL_DISKS=20 is the full proof: whatever there is room for, a step is there wholly or not at all."""
+    store, chance = new(tmp_path, arrays={"values": RowArray(64)}), np.random.default_rng(0)
+    store.write([], {}, 0)
+    expected, step, refused = np.zeros((N_ROWS, 64), np.float32), 0, 0
+    while refused < FULL_DISKS:
+        rows, step = chance.permutation(N_ROWS)[:200], step + 1
+        written = numbers(step, 200, 64)
+        try:
+            with largest_file(int(chance.integers(100, 300_000))):
+                store.write(rows, {"values": written}, step)
+        except CheckpointError as error:
+            assert "make room there, and save again" in str(error)
+            refused += 1
+            for reader in (store, TableStore(store.directory)):
+                np.testing.assert_array_equal(reader.read("values", slice(None)), expected)
+            store.write(rows, {"values": written}, step)
+        expected[rows] = written
+        store.keep([step])
+    np.testing.assert_array_equal(TableStore(store.directory).read("values", slice(None), step=step), expected)
+    print(f"\n{refused} of {refused + step} saves of a table had no room; each was made again")
+
+
+def test_commits_read_as_much_after_many_others(tmp_path, monkeypatch):
+    """Without `keep`: no list of versions, no index, and of files only that which is new."""
+    store, counted = new(tmp_path, arrays={"values": RowArray(64)}), Counter()
+    for cls, name in ((Versions, "_dump"), (NamedFiles, "_written_name"), (Versions, "store")):
+
+        def count(*arguments, method=getattr(cls, name), name=name, **options):
+            counted[name] += 1
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(cls, name, count)
+    seen = []
+    for step in range(40):
+        counted.clear()
+        store.write([step], {"values": numbers(step, 1, 64)}, step)
+        seen.append(dict(counted))
+    assert seen[1] == seen[20] == seen[-1] and "_dump" not in seen[-1], seen
+    assert seen[-1]["_written_name"] == 1
 
 
 def test_a_second_writer_is_told(tmp_path):
