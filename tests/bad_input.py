@@ -555,9 +555,8 @@ def rows(every: int = 1) -> Iterator[Row]:
         yield _expression("configs", text)
     for what, source in EXPERIMENTS[::every]:
         Path("wrong.py").write_text(HEADER + source + "\n")
-        yield _command(
-            "experiment files", "train wrong.py", f"{what}: `{source.splitlines()[-1].strip()}`".replace("\0", "\\0")
-        )
+        shown = source.splitlines()[-1].strip().replace("\0", "\\0")
+        yield _command("experiment files", "train wrong.py", f"{what}: `{shown}`")
     for line in COMMANDS.strip().splitlines()[::every]:
         yield _command("command lines", line)
     for line in MESHES.strip().splitlines()[::every]:
@@ -637,12 +636,8 @@ def _command(group: str, line: str, shown: str | None = None) -> Row:
 
 def _scrubbed(text: str) -> str:
     """Without what another machine or moment would say otherwise."""
-    text = (
-        text.replace(os.path.realpath("."), ".")
-        .replace(os.getcwd(), ".")
-        .replace(sys.prefix, "PYTHON")
-        .replace(str(ROOT), "...")
-    )
+    for path, name in ((os.path.realpath("."), "."), (os.getcwd(), "."), (sys.prefix, "PYTHON"), (str(ROOT), "...")):
+        text = text.replace(path, name)
     text = re.sub(r"0x[0-9a-f]{6,}", "0x...", text)
     return re.sub(r"\b(pid|process) \d{3,}\b", r"\1 N", text)
 
