@@ -41,7 +41,9 @@ def save_tokenizer(kind, path, texts, special="<s>"):
         tokenizer.add_special_tokens([special])
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         spaces, as_bytes = [decoders.Replace("\u2581", " ")], [decoders.ByteFallback(), decoders.Fuse()]
-        both = spaces + as_bytes if kind == "llama" else as_bytes + spaces  # there the sign for a space is written in bytes
+        both = (
+            spaces + as_bytes if kind == "llama" else as_bytes + spaces
+        )  # there the sign for a space is written in bytes
         tokenizer.decoder = decoders.Sequence([*both, decoders.Strip(" ", 1, 0)])
         trainer = None
     elif kind == "wordpiece":

@@ -80,7 +80,7 @@ class GatedOutput(nnx.Module):
     def _normalize(self, o: Array) -> Array:
         if self.norm is None:
             return o
-        full = o.astype(jnp.float32)
+        full = o.astype(jnp.promote_types(o.dtype, jnp.float32))
         if isinstance(self.norm_over, int):
             full = full.reshape(*o.shape[:-2], self.norm_over, -1, o.shape[-1])
         mean_square = jnp.mean(jnp.square(full), axis=-1 if self.norm_over == "head" else (-2, -1), keepdims=True)

@@ -289,13 +289,14 @@ class MixtureOfMemories(SequenceMixer):
             past = past.reshape(batch, c.n_slots * n_history, *items.shape[2:])
             return pack(packing, jnp.concatenate([past.astype(items.dtype), items], axis=1))
 
-        axis, before = sequence_axis(), history
+        axis, before, was_stale = sequence_axis(), history, (seen == STALE)[..., None]
         position, starts, before_call, seen = count_own(memory, tokens, seen, axis)
         x = {"position": position, "first": position == 0} | x
         if n_shards(axis) > 1 and history:
             before = remembered_before(history, {name: packed(x[name]) for name in history}, packing, axis)
         recent = jnp.arange(n_history, 0, -1) <= before_call.tokens[..., None]  # [B M n]
-        recent |= before_call.document[..., None] == 1  # zeros before the tokens that the state has seen
+        # before those that a state has seen it has zeros
+        recent |= (before_call.document[..., None] == 1) & ~was_stale
         of_items = jnp.broadcast_to(tokens.document[..., None], memory.shape)
         documents = packed(of_items, jnp.where(recent, before_call.document[..., None], 0))
         inputs = {name: packed(a, before.get(name)) for name, a in x.items()}

@@ -41,7 +41,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x32 = x.astype(jnp.float32)
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         scale = constrain(self.scale[...], *self.axes)
         return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
@@ -65,7 +65,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x32 = x.astype(jnp.float32)
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         scale, bias = (constrain(p[...], *self.axes) for p in (self.scale, self.bias))
@@ -78,5 +78,5 @@ def l2_normalize(x: Float[Array, "... K"], eps: float = 1e-6) -> Float[Array, ".
     >>> l2_normalize(jnp.array([0.0, -5.0])).round(3).tolist()
     [0.0, -1.0]
     """
-    x32 = x.astype(jnp.float32)
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)

@@ -22,7 +22,7 @@ from jaxmem.fields import Count, Natural, Positive, check_fields
 from jaxmem.layers.gated_output import GatedOutput
 from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
 from jaxmem.layers.short_convolution import init_taps, require_history, short_convolution
-from jaxmem.recurrences.call import require_chunk
+from jaxmem.recurrences.call import require_chunk, require_rows
 from jaxmem.recurrences.engine import ELEMENTWISE_FLOPS, recurrence, recurrence_flops
 from jaxmem.recurrences.streams import Documents, Streams
 from jaxmem.sharding import VECTOR, constrain, einsum, local, matrix, param
@@ -87,6 +87,8 @@ class RecurrentConfig(abc.ABC):
     def __post_init__(self):
         check_fields(self)
         require_chunk(type(self).__name__, self.chunk_tokens)
+        if self.erases != "nothing":
+            require_rows(type(self).__name__, self.chunk_tokens, self.n_steps)
         if self.convolution_width:
             require_history(type(self).__name__, self.convolution_width)
 

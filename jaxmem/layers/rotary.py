@@ -34,8 +34,9 @@ def rotary(
     if width % 2:
         raise ValueError(f"rotary: needs an even head width, got K={width}; change head_dim or use rope_theta=None")
     angle = _angles(positions, width, theta)[..., None, :]  # [*tokens, 1, K/2]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    full = jnp.promote_types(x.dtype, jnp.float32)
+    cos, sin = jnp.cos(angle).astype(full), jnp.sin(angle).astype(full)
+    first, second = jnp.split(x.astype(full), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 

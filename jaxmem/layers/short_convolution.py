@@ -33,11 +33,12 @@ def convolve(
     width = weight.shape[0]
     n_tokens = items.shape[1] - (width - 1)
     here = segment[:, width - 1 :]
-    y = jnp.zeros((), jnp.float32)
+    full = jnp.promote_types(items.dtype, jnp.float32)
+    y = jnp.zeros((), full)
     for tap in range(width):
         same = segment[:, tap : tap + n_tokens] == here
         same = same.reshape(same.shape + (1,) * (items.ndim - 2))
-        y += weight[tap].astype(jnp.float32) * jnp.where(same, items[:, tap : tap + n_tokens], 0).astype(jnp.float32)
+        y += weight[tap].astype(full) * jnp.where(same, items[:, tap : tap + n_tokens], 0).astype(full)
     return y.astype(items.dtype)
 
 

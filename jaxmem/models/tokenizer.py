@@ -131,8 +131,7 @@ class FileTokenizer:
     def __init__(self, path: str) -> None:
         import tokenizers
 
-        file = pathlib.Path(path).expanduser()
-        file = file / "tokenizer.json" if file.is_dir() else file
+        file = tokenizer_file(path)
         self._path = path
         try:
             if file.exists() and not file.is_file():
@@ -250,6 +249,12 @@ def _utf8_bytes(text: str) -> Int[np.ndarray, "characters"]:
     """Bytes of every character of a text that has no lone surrogates."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     return 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+
+
+def tokenizer_file(path: str) -> pathlib.Path:
+    """The file that a path of it, or of its folder, names."""
+    file = pathlib.Path(path).expanduser()
+    return file / "tokenizer.json" if file.is_dir() else file
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -9,11 +9,15 @@ import numpy as np
 
 from jaxmem.recurrences.documents import known, read_documents
 from jaxmem.recurrences.engine import Implementation, recurrence
-from jaxmem.recurrences.streams import Streams
+from jaxmem.recurrences.streams import Streams, streams_shape
 from jaxmem.typing import Array, DTypeLike, Int
 
 CHUNK_TOKENS = 32
 """Measured on a CPU (experiments/benchmarks/recurrences.py)."""
+
+MOST_ROWS = 128
+"""Steps in a chunk of a delta rule, tokens x steps per token: the rounding of fp32 grows with them
+(tests/recurrences/test_precision.py)."""
 
 
 class Options(TypedDict, total=False):
@@ -26,7 +30,7 @@ class Options(TypedDict, total=False):
     at the end of a row: passed over, with o = 0; in front of a token it raises, or under jit makes o and the final state
     of the row NaN. Default: one document."""
     chunk_tokens: int
-    """C, a power of two from 8; default 32."""
+    """C, a power of two from 8; default 32. In a delta rule at most 128 steps, tokens x steps per token."""
     implementation: Implementation | None
     """"reference" steps token by token; "xla" works in chunks; default: steps for T == 1, else chunks."""
 
@@ -86,9 +90,12 @@ def call(
         return jnp.zeros((sizes["B"], sizes["T"], *of_token), dtype), state.astype(state_dtype)
     scale = sizes.get("K", 1) ** -0.5 if scale is None else scale
     make = in_float32(functools.partial(streams, scale=scale))
+    inputs = {name: array for name, (array, _) in arrays.items()}
+    if implementation != "reference" and sizes["T"] > 1 and streams_shape(make, inputs).erase is not None:
+        require_rows(what, chunk_tokens, n_steps)
     o, state = recurrence(
         make,
-        {name: array for name, (array, _) in arrays.items()},
+        inputs,
         state.astype(state_dtype).reshape(*shape, *[1] * (4 - len(shape))),
         n_steps=n_steps,
         documents=documents,
@@ -162,6 +169,17 @@ def require_chunk(what: str, chunk_tokens: int) -> None:
         raise ValueError(
             f"{what}: needs a power of two from 8, a tile of a TPU, as chunk_tokens, got chunk_tokens={chunk_tokens}; "
             "use 32, 64 or 128"
+        )
+
+
+def require_rows(what: str, chunk_tokens: int, n_steps: int) -> None:
+    """Raises ValueError for chunks of a delta rule with so many steps that fp32 loses more than 1e-5."""
+    if chunk_tokens * n_steps > MOST_ROWS:
+        fits = 1 << (MOST_ROWS // n_steps).bit_length() - 1 if n_steps <= MOST_ROWS // 8 else 0
+        raise ValueError(
+            f"{what}: needs at most {MOST_ROWS} steps in a chunk, for rounding errors grow with them, got "
+            f"chunk_tokens={chunk_tokens} of {n_steps} steps each; "
+            + (f"use chunk_tokens={fits}" if fits else f"use at most {MOST_ROWS // 8} steps per token")
         )
 
 

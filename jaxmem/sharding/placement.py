@@ -34,7 +34,8 @@ def param(
     Raises: ValueError for rngs that are no nnx.Rngs with a stream for parameters.
     """
     if not isinstance(rngs, nnx.Rngs) or not ("params" in rngs or "default" in rngs):
-        got = f"rngs={rngs!r}" if isinstance(rngs, int | nnx.Rngs) else f"rngs of type {type(rngs).__name__}"
+        got = f"rngs={rngs}" if isinstance(rngs, int) else f"rngs of type {type(rngs).__name__}"
+        got = "one without a stream 'params' or 'default'" if isinstance(rngs, nnx.Rngs) else got
         raise ValueError(
             f"param: needs rngs to be an nnx.Rngs, from which parameters are drawn, got {got}; pass nnx.Rngs(0)"
         )

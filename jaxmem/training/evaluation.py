@@ -104,7 +104,7 @@ def evaluate(
         np.add.at(text, np.where(counts, position, 0), found.batch.target_bytes)  # of pieces without a token: at 0
         tokens, read = tokens + int(counts.sum()), read + int((found.batch.segment_ids != 0).sum())
         use, sure = _add_up(use, found.router_use), _add_up(sure, found.router_probability)
-    if nats is None or not text.sum():
+    if nats is None or not text.sum() or not tokens:
         raise ValueError("evaluation: needs held-out text, got none; name heldout files that have text")
 
     edges = [0] + [2**i for i in range(math.ceil(math.log2(len(nats))))] + [len(nats)]

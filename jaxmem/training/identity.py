@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmem.models.tokenizer import Tokenizer, load_tokenizer
+from jaxmem.models.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from jaxmem.training.data import Text
+from jaxmem.training.metrics import explain_failed_write
 from jaxmem.training.run_folder import has_begun
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -31,11 +32,15 @@ def data_identity(text: Text, tokenizer: Tokenizer) -> dict[str, str]:
     probe = hashlib.blake2b(digest_size=16)
     some = text.train.limit(PROBE_BYTES)
     for piece in range(len(some)):
-        probe.update(np.stack(tokenizer.encode_counted(some[piece])).astype("<i4").tobytes())
+        try:
+            tokens = tokenizer.encode_counted(some[piece])
+        except ValueError as error:
+            raise ValueError(f"data: cannot use {some.name(piece)!r}: {error}") from error
+        probe.update(np.stack(tokens).astype("<i4").tobytes())
     return {
         "train": text.train.fingerprint,
         "heldout": text.heldout.fingerprint if text.heldout is not None else "none",
-        "tokenizer": hashlib.blake2b(tokenizer.content, digest_size=16).hexdigest(),
+        "tokenizer": _digest(tokenizer),
         "tokens": probe.hexdigest(),
     }
 
@@ -58,6 +63,19 @@ def check_identity(saved: dict[str, str] | None, now: dict[str, str], step: int)
         )
 
 
+def check_tokenizer(saved: dict[str, str] | None, tokenizer: Tokenizer, run_dir: Path) -> None:
+    """Raises ValueError if a run's tokenizer is not that of its checkpoint; one of an older jaxmem does not say."""
+    if saved is not None and saved.get("tokenizer") != _digest(tokenizer):
+        raise ValueError(
+            f"run: needs the tokenizer that the model was trained with, got other contents in {run_dir / TOKENIZER_FILE}; "
+            "put back the file"
+        )
+
+
+def _digest(tokenizer: Tokenizer) -> str:
+    return hashlib.blake2b(tokenizer.content, digest_size=16).hexdigest()
+
+
 def tokenizer_of_run(spec: str, run_dir: Path) -> Tokenizer:
     """The tokenizer that a run's folder holds, or, in a folder of an older jaxmem, the one that the config names.
 
@@ -76,8 +94,7 @@ def tokenizer_to_train_with(spec: str, run_dir: Path, resume: bool) -> Tokenizer
     if not (resume and has_begun(run_dir)):
         return load_tokenizer(spec)
     tokenizer = tokenizer_of_run(spec, run_dir)
-    there = spec != "bytes" and os.path.exists(os.path.expanduser(spec))
-    if there and load_tokenizer(spec).content != tokenizer.content:
+    if spec != "bytes" and tokenizer_file(spec).exists() and load_tokenizer(spec).content != tokenizer.content:
         raise ValueError(
             f"resume: needs the tokenizer of the run in {str(run_dir)!r}, got tokenizer={spec!r} with other contents; "
             f"put back the file of which {TOKENIZER_FILE} there is a copy, or start a new run with --out"
@@ -92,8 +109,9 @@ def keep_tokenizer(tokenizer: Tokenizer, spec: str, run_dir: Path) -> None:
         kept.unlink(missing_ok=True)  # of a run that never began
         return
     part = kept.with_name(kept.name + ".part")
-    with part.open("wb") as file:
-        file.write(tokenizer.content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, kept)
+    with explain_failed_write(kept):
+        with part.open("wb") as file:
+            file.write(tokenizer.content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, kept)

@@ -11,7 +11,7 @@ from jaxmem.checkpoints import Restored, again_if_gone, complete_steps, load_che
 from jaxmem.models.decoder import Decoder
 from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.training.experiment import TrainConfig
-from jaxmem.training.identity import tokenizer_of_run
+from jaxmem.training.identity import check_tokenizer, tokenizer_of_run
 from jaxmem.training.own_code import read_own
 from jaxmem.training.resume import notes_on_config_file, unchecked_config
 from jaxmem.training.run_folder import CHECKPOINTS, CONFIG_FILE, TABLES, read_config
@@ -70,6 +70,7 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
         return restored, params
 
     restored, params = again_if_gone(run_dir / CHECKPOINTS, load)  # its tables too
+    check_tokenizer((restored.data_state or {}).get("data"), tokenizer, run_dir)
     model = merge(config.model, params)
     return LoadedRun(
         config, model, tokenizer, restored.step, [*(f"passed over: {note}" for note in restored.notes), *notes]

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import weakref
 from collections.abc import Hashable
 
 
@@ -19,7 +20,9 @@ class Spill:
           ValueError: the disk is full.
         """
         try:
-            self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this is)
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this lives)
+                weakref.finalize(self, self._file.close)
             start = self._file.seek(0, os.SEEK_END)
             self._file.write(raw)
             self._file.flush()

@@ -81,7 +81,7 @@ WRONG = {
     ),
     "rngs without parameters": (
         lambda layer, state, _: layer.config.make(D, rngs=nnx.Rngs(dropout=0)),
-        "needs rngs to be an nnx.Rngs",
+        "needs rngs to be an nnx.Rngs, .* got one without a stream 'params' or 'default'; pass",
     ),
 }
 

@@ -297,7 +297,7 @@ def test_errors(arguments, text):
 def test_what_segment_ids_are_called_does_not_matter_and_padding_in_front_is_loud():
     """Ids that fall and come back are those of new documents; under jit, o and the final state of a row whose padding stands
     in front of a token are NaN, and other rows as they were."""
-    arguments = changed()
+    arguments = jax.tree.map(jnp.asarray, changed())
     run = jax.jit(lambda ids: gated_delta_rule(**arguments, segment_ids=ids, chunk_tokens=8))
     again, numbered = (np.array([ids, [5, 5, 0]]) for ids in ([3, 2**24, 3], [1, 2, 3]))
     jax.tree.map(np.testing.assert_array_equal, run(again), run(numbered))
@@ -310,8 +310,8 @@ def test_what_segment_ids_are_called_does_not_matter_and_padding_in_front_is_lou
 @pytest.mark.parametrize("rows, n_tokens", [(B, 0), (0, 3)], ids=["no tokens", "no rows"])
 def test_calls_on_nothing(rows, n_tokens):
     cut = lambda name, a: a[:rows] if name == "state" else a[:rows, :n_tokens]
-    arguments = {name: cut(name, a) for name, a in changed().items()}
-    for ids in (None, np.ones((rows, n_tokens), np.int32)):
-        o, state = gated_delta_rule(**arguments, segment_ids=ids)
+    arguments = {name: jnp.asarray(cut(name, a)) for name, a in changed().items()}
+    for options in ({}, {"segment_ids": jnp.ones((rows, n_tokens), jnp.int32)}):
+        o, state = gated_delta_rule(**arguments, **options)
         assert o.shape == (rows, n_tokens, H, V)
         np.testing.assert_array_equal(state, arguments["state"])

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_recurrences import EQUATIONS, B, H, K, V, assert_close
+from recurrences.test_recurrences import EQUATIONS, B, H, K, V, assert_close
 
+from jaxmem.layers.gated_delta_net import GatedDeltaProductConfig
 from jaxmem.recurrences import delta
 
 T = 256
@@ -106,3 +107,17 @@ def test_the_whole_grid(name, chunk_tokens):
     for decay, beta, spread in itertools.product(DECAYS.values(), (0.5, 1.0, 2.0), (None, 0.03)):
         setting = {"decay": decay, "beta": beta, "spread": spread}
         check("gated_delta_product" if n_steps else name, n_steps, chunk_tokens, **setting)
+
+
+def test_chunks_of_too_many_steps_are_refused():
+    inputs, _ = make_inputs("gated_delta_product", 8, decay=0.05, beta=0.5, spread=None)
+    with pytest.raises(
+        ValueError, match=r"needs at most 128 steps .* chunk_tokens=32 of 8 steps each; use chunk_tokens=16"
+    ):
+        delta.gated_delta_product(**inputs, chunk_tokens=32)
+    with pytest.raises(
+        ValueError, match="GatedDeltaProductConfig: needs at most 128 .* use at most 16 steps per token"
+    ):
+        GatedDeltaProductConfig(1, 4, 4, n_householder=17)
+    with pytest.raises(ValueError, match="gated_delta_rule: needs at most 128 .* use chunk_tokens=128"):
+        delta.gated_delta_rule(**make_inputs("gated_delta_rule", 0, 0.05, 0.5, None)[0], chunk_tokens=256)

@@ -531,3 +531,17 @@ def test_a_matrix_that_is_not_triangular_is_refused():
     inputs = jax.tree.map(jnp.asarray, make_inputs("linear_state_space"))
     with pytest.raises(ValueError, match="lower triangular a, got one with numbers above its diagonal; turn"):
         state_space.linear_state_space(**inputs | {"a": inputs["a"].T})
+
+
+@pytest.mark.parametrize("name", rows(CASES))
+def test_recurrences_in_float64(name):
+    """float64 in, float64 through, in chunks."""
+    inputs = make_inputs(name)
+    weight = weights(name, inputs)
+    with jax.enable_x64(True):
+        double = lambda a: np.asarray(a, np.complex128 if np.iscomplexobj(a) else np.float64)
+        exact = jax.tree.map(double, (inputs, weight))
+        got = jax.device_get(outputs_and_gradients(RULES["xla"], name, DOCUMENTS["one"], *exact))
+    want = in_float64(name, DOCUMENTS["one"], inputs, weight)
+    assert {a.dtype.itemsize for a in jax.tree.leaves(got)} <= {8, 16}
+    assert_close(got, want, tolerance=1e-10)

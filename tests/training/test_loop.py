@@ -232,6 +232,11 @@ def test_without_held_out_text_and_with_a_tokenizer_that_disappears(config, tmp_
     path.write_text(json.dumps(kept))
     with pytest.raises(ValueError, match=r"resume: needs the tokenizer of the run in .* with other contents; put back"):
         train(config, run_dir, resume=True)
+    shutil.copy(run_dir / "tokenizer.json", tmp_path)
+    shutil.copy(path, run_dir)
+    with pytest.raises(ValueError, match="needs the tokenizer that the model was trained with, got other contents in"):
+        load_run(run_dir)
+    shutil.copy(tmp_path / "tokenizer.json", run_dir)
     path.unlink()
     assert load_run(run_dir).tokenizer.content == (run_dir / "tokenizer.json").read_bytes()
     train(dataclasses.replace(config, sample_tokens=0), run_dir, resume=True)

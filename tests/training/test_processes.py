@@ -4,6 +4,7 @@ Slow: every process compiles its own step.
 """
 
 import dataclasses
+import math
 import os
 import random
 import re
@@ -146,6 +147,15 @@ def test_killed_then_stopped_by_a_signal_to_one_and_gone_on_with(work, whole, co
     assert f"resumed from the checkpoint of step {step}" in printed[0]
     config = dataclasses.replace(load_experiment(TINY), steps=STEPS)
     compare(config, run_dir, whole)
+
+
+def test_bits_per_byte_are_over_the_bytes_of_both(whole):
+    """A token is a byte here. What one process reads of a batch is not half of it."""
+    lines = [line for line in read_metrics(whole) if line["kind"] in ("train", "eval")]
+    assert len(lines) > STEPS
+    assert [line["bits_per_byte"] for line in lines] == pytest.approx(
+        [line["loss"] / math.log(2) for line in lines], rel=1e-6
+    )
 
 
 def test_a_sequence_that_two_processes_share(work):

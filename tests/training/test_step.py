@@ -193,7 +193,7 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
 
 
 def test_a_state_is_born_where_it_belongs():
-    config, mesh = of_optimizer("adamw"), make_mesh(MESHES[3])
+    config, mesh = of_optimizer("stacked"), make_mesh(MESHES[3])
     with use_mesh(mesh):
         state = jax.jit(lambda: init_state(config))()
         assert_placed(state, where_it_belongs(config, mesh))
