@@ -40,6 +40,7 @@ from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.training.experiment import load_experiment
 from jaxmem.training.step import init_state
 
+ROOT = Path(cli.__file__).parent.parent
 TINY = Path(__file__).parent / "training" / "tiny.py"
 D = 16
 
@@ -440,7 +441,8 @@ RUNS = [
     ("config.json is cut", lambda: _cut(_run("r2") / "config.json", 99), "generate r2"),
     ("config.json is a list", lambda: _write(f"{_run('r3')}/config.json", "[1, 2]"), "generate r3"),
     ("config.json is of no class", lambda: _write(f"{_run('r4')}/config.json", '{"steps": 3}'), "generate r4"),
-    ("config.json with steps='NaN'", lambda: _config(_run("r5"), steps="NaN"), "generate r5"),
+    ("a resume with steps='NaN' in config.json", lambda: _config(_lines(_run("r5")), steps="NaN"),
+     "train tiny.py --out r5 --resume"),
     ("config.json of a class that is not there", lambda: _config(_run("r6"), type="own.Config"), "generate r6"),
     ("config.json is gone", lambda: (_run("r7") / "config.json").unlink(), "generate r7"),
     ("config.json is binary", lambda: _write(f"{_run('r8')}/config.json", b"\xff\xfe\x00"), "generate r8"),
@@ -496,7 +498,6 @@ def _table(name: str) -> Path:
 CALLS = """
 AttentionConfig(3).make(D, rngs=nnx.Rngs(0))
 AttentionConfig(2, head_dim=5).make(D, rngs=nnx.Rngs(0))
-AttentionConfig(2).make(0, rngs=nnx.Rngs(0))
 AttentionConfig(2).make(D, rngs=0)
 GatedDeltaNetConfig().make(D, rngs=jax.random.key(0))
 MixtureOfMemoriesConfig().make(D, rngs=None)
@@ -512,19 +513,15 @@ make(AttentionConfig(2))(x, positions=ids[:, :5])
 make(AttentionConfig(2))(x, ids)
 make(AttentionConfig(2))(x, make(AttentionConfig(2)).init_state(3, capacity=9))
 make(AttentionConfig(2))(x, make(GatedDeltaNetConfig(2, 4, 4)).init_state(2))
-make(AttentionConfig(2))(x, segment_ids=descending)
 make(GatedDeltaNetConfig(2, 4, 4))(x[0])
 make(GatedDeltaNetConfig(2, 4, 4))(x[:, :, :7])
 make(GatedDeltaNetConfig(2, 4, 4))(x, ids)
 make(GatedDeltaNetConfig(2, 4, 4))(x, make(GatedDeltaNetConfig(2, 4, 4)).init_state(3))
 make(GatedDeltaNetConfig(2, 4, 4))(x, make(AttentionConfig(2)).init_state(2, capacity=9))
-make(GatedDeltaNetConfig(2, 4, 4))(x, segment_ids=descending)
-make(GatedDeltaNetConfig(2, 4, 4))(x, segment_ids=returning)
 make(MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 4, 4)))(x[:, :, :7])
 make(MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 4, 4)))(x, ids)
 make(MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 4, 4)))(x, segment_ids=left_padded)
 make(MambaConfig(2 * D, 4))(x[0])
-make(MambaConfig(2 * D, 4))(x, segment_ids=descending)
 make(GriffinConfig(2, 4))(x, make(GriffinConfig(2, 4)).init_state(5))
 """
 """Layers of D = 16 channels; x is [2, 8, D], ids [2, 8] of ones."""
@@ -541,8 +538,11 @@ class Row(NamedTuple):
     @property
     def is_clear(self) -> bool:
         """One sentence, that the input was bad."""
-        one = "\n" not in self.sentence and "Traceback" not in self.sentence
-        return self.code in ("2", "1", "ValueError", "NotImplementedError") and one and ": needs " in self.sentence
+        if "\n" in self.sentence or "Traceback" in self.sentence:
+            return False
+        if self.code == "0":  # it went on, and says with what
+            return self.sentence.endswith("the checkpoint's own copy is used")
+        return self.code in ("2", "1", "ValueError", "NotImplementedError") and "needs " in self.sentence
 
 
 GROUPS = ("configs", "experiment files", "command lines", "meshes", "data", "runs and tables", "calls of layers")
@@ -555,7 +555,8 @@ def rows(every: int = 1) -> Iterator[Row]:
         yield _expression("configs", text)
     for what, source in EXPERIMENTS[::every]:
         Path("wrong.py").write_text(HEADER + source + "\n")
-        yield _command("experiment files", "train wrong.py", f"{what}: `{source.splitlines()[-1].strip()}`")
+        shown = source.splitlines()[-1].strip().replace("\0", "\\0")
+        yield _command("experiment files", "train wrong.py", f"{what}: `{shown}`")
     for line in COMMANDS.strip().splitlines()[::every]:
         yield _command("command lines", line)
     for line in MESHES.strip().splitlines()[::every]:
@@ -613,7 +614,8 @@ def _expression(group: str, text: str) -> Row:
     try:
         eval(text, _names())
     except Exception as error:
-        return Row(group, f"`{text}`", type(error).__name__, _scrubbed(str(error)))
+        code = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+        return Row(group, f"`{text}`", code, _scrubbed(str(error)))
     return Row(group, f"`{text}`", "", "")
 
 
@@ -625,15 +627,17 @@ def _command(group: str, line: str, shown: str | None = None) -> Row:
             code = str(cli.main(shlex.split(line)))
         except BaseException as error:
             code, _ = type(error).__name__, errors.write(f"Traceback: {error}")
-    lines = [line for line in errors.getvalue().strip().splitlines() if not line.startswith("[")]  # steps of a plan
-    sentence = "\n".join(lines)
+    sentence = "\n".join(
+        line for line in errors.getvalue().splitlines() if line and not line[0].isdigit()
+    )  # statistics
     prefix = "jaxmem: " if sentence.startswith("jaxmem: ") else ""
     return Row(group, shown or f"`jaxmem {line}`", code, _scrubbed(sentence.removeprefix(prefix)))
 
 
 def _scrubbed(text: str) -> str:
     """Without what another machine or moment would say otherwise."""
-    text = text.replace(os.path.realpath("."), ".").replace(os.getcwd(), ".").replace(sys.prefix, "PYTHON")
+    for path, name in ((os.path.realpath("."), "."), (os.getcwd(), "."), (sys.prefix, "PYTHON"), (str(ROOT), "...")):
+        text = text.replace(path, name)
     text = re.sub(r"0x[0-9a-f]{6,}", "0x...", text)
     return re.sub(r"\b(pid|process) \d{3,}\b", r"\1 N", text)
 

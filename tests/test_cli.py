@@ -23,6 +23,7 @@ from jaxmem.config import to_json
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.models.accounting import count_parameters
 from jaxmem.models.presets import PRESETS, preset
+from jaxmem.training import peers
 from jaxmem.training.experiment import load_experiment
 from jaxmem.training.step import init_state
 
@@ -160,7 +161,7 @@ def test_info_makes_no_array(folder):
             "train tiny.py --data.train nowhere",
             "train data: needs an existing folder, .*, got train='nowhere'.*; correct",
         ),
-        ("train tiny.py --steps 0", "TrainConfig: needs steps to be an integer >= 1, got steps=0; change it"),
+        ("train tiny.py --steps 0", "train: needs --steps to be an integer >= 1, got --steps=0; change it"),
         (
             "train tiny.py --accumulate 3",
             "needs data.batch_size divisible by accumulate, got batch_size=8, accumulate=3",
@@ -327,7 +328,7 @@ def test_generate_continues_a_prompt_and_passes_over_a_truncated_checkpoint(writ
             "the prompt alone is longer than the cache.*; raise capacity or",
         ),
         ("generate run --max-tokens 9 --capacity 9", "got capacity=9 .the text would outgrow it.; raise capacity or"),
-        ("generate run --max-tokens 0", "needs max_tokens >= 1, got max_tokens=0"),
+        ("generate run --max-tokens 0", "needs --max-tokens to be an integer >= 1, got --max-tokens=0"),
     ],
 )
 def test_what_cannot_be_generated_is_one_sentence(words, message, written_run, capfd):
@@ -414,14 +415,15 @@ def test_a_failure_is_1_and_ctrl_c_is_130(folder, capsys, monkeypatch):
 
 
 def test_processes_that_cannot_find_each_other(folder, capsys, monkeypatch):
-    def nobody():
+    def nobody(*_, **__):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    monkeypatch.setattr(peers, "NativeErrors", lambda explain: None)  # takes the place of standard error
     assert run("train", "tiny.py", "--distributed") == 2
     sentence = capsys.readouterr().err
     assert sentence.startswith("jaxmem: train --distributed: needs a cluster that JAX recognises (a TPU pod, Slurm,")
-    assert "got none (coordinator_address should be defined.); start it there, or write a script" in sentence
+    assert "got none (coordinator_address should be defined.); start it there, or give --coordinator" in sentence
 
 
 def test_a_process_says_one_sentence_or_shows_where(folder):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -112,15 +113,14 @@ def found_beside(path: Path) -> Iterator[None]:
 
 def explained(error: BaseException, path: Path) -> str:
     """One sentence: the line of the experiment file that an error comes from, and what it says."""
-    names = {str(path), str(path.absolute()), str(path.resolve())}
-    frames = [frame for frame in traceback.walk_tb(error.__traceback__) if frame[0].f_code.co_filename in names]
+    is_own = lambda filename: filename is not None and os.path.abspath(filename) == os.path.abspath(path)
+    frames = [frame for frame in traceback.walk_tb(error.__traceback__) if is_own(frame[0].f_code.co_filename)]
     line = frames[-1][1] if frames else None
     text = " ".join(str(error).split())
-    if isinstance(error, SyntaxError):
-        inside = error.filename in names
-        line, text = (
-            (error.lineno, error.msg) if inside else (line, f"{error.msg} in {error.filename}, line {error.lineno}")
-        )
+    if isinstance(error, SyntaxError) and is_own(error.filename):
+        line, text = error.lineno, error.msg
+    elif isinstance(error, SyntaxError):
+        text = error.msg + (f" in {error.filename}, line {error.lineno}" if error.filename else "")
     where = f"experiment {path}" + (f", line {line}" if line else "")
     unknown = re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'.*", text)
     cls = frames[-1][0].f_globals.get(unknown[1]) if unknown and frames else None

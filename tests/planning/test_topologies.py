@@ -49,7 +49,7 @@ def test_names_of_slices(name, full, n_devices):
         ("v5p-100", "v5p-1024"),
         ("v6e_256", "did you mean v6e-256"),
         ("v7x-128", "tpu7x-128"),
-        ("v5p:4x4", "got 'v5p:4x4'; did you mean v5p:4x4x4"),
+        ("v5p:4x4", "got 'v5p:4x4'; did you mean v5p:4x4x"),
         ("v5p:0x4x4", "did you mean v5p:"),
         ("zzz", "got 'zzz'; change it"),
         ("", "got ''; change it"),

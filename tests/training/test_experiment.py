@@ -100,6 +100,7 @@ def test_where_it_comes_from_can_be_shown(folder, monkeypatch):
     assert isinstance(error.value.__cause__, KeyError)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_list_is_as_good_as_a_tuple_and_a_file_may_be_corrected(folder):
     Path("own.py").write_text("raise KeyError\n")
     with pytest.raises(ValueError):
