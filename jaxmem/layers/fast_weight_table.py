@@ -124,7 +124,7 @@ def _of_parts(scores, top_k):
 
 
 def _usage(ids: Int[Array, "B C 2 k"], weights, valid, n: int) -> Float[Array, "B 2 n"]:
-    share = valid / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+    share = valid.astype(weights.dtype) / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
     row, part = jnp.arange(ids.shape[0])[:, None, None, None], jnp.arange(2)[:, None]
     nothing = jnp.zeros_like(weights, shape=(ids.shape[0], 2, n))
     return nothing.at[row, part, ids].add(weights * share[..., None, None])

@@ -114,6 +114,7 @@ def test_the_whole_grid(name, chunk_tokens):
         check("gated_delta_product" if n_steps else name, n_steps, chunk_tokens, tolerance, **setting)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_chunks_of_too_many_steps_are_refused():
     inputs, _ = make_inputs("gated_delta_product", 8, decay=0.05, beta=0.5, spread=None)
     with pytest.raises(
