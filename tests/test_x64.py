@@ -51,6 +51,7 @@ def test_values_do_not_depend_on_the_flag(name):
         assert a.dtype == b.dtype and np.sqrt(np.mean(np.abs(a - b) ** 2)) <= 1e-6 * size, jax.tree_util.keystr(path)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_losses_and_samples_do_not_depend_on_the_flag():
     x, table = normal_like(0, (np.zeros((2, 5, 8), np.float32), np.zeros((16, 8), np.float32)))
     targets = np.arange(10, dtype=np.int32).reshape(2, 5)

@@ -124,7 +124,7 @@ def _of_parts(scores, top_k):
 
 
 def _usage(ids: Int[Array, "B C 2 k"], weights, valid, n: int) -> Float[Array, "B 2 n"]:
-    share = valid / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+    share = valid.astype(weights.dtype) / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
     row, part = jnp.arange(ids.shape[0])[:, None, None, None], jnp.arange(2)[:, None]
     nothing = jnp.zeros_like(weights, shape=(ids.shape[0], 2, n))
     return nothing.at[row, part, ids].add(weights * share[..., None, None])
@@ -146,7 +146,7 @@ def addressing_gradient(
     usage = _usage(best.ids, weights, valid, n)
     row, part = jnp.arange(batch)[:, None, None, None], jnp.arange(2)[:, None]
     log_usage = jnp.log(jnp.maximum(usage, 1e-30))[row, part, best.ids]  # [B C 2 k]
-    share = valid / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+    share = valid.astype(weights.dtype) / jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
     centred = log_usage - jnp.sum(weights * log_usage, axis=-1, keepdims=True)
     slope = weights * centred * share[..., None, None]
     if rates.score == "idw":

@@ -65,6 +65,14 @@ class RetNetConfig(HeadsConfig):
     convolution_width: Natural = 0
     rope_theta: Positive = 10_000.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.key_dim % 2:
+            raise ValueError(
+                f"RetNetConfig: needs an even key_dim for its rotary embedding, got key_dim={self.key_dim}; "
+                f"use {self.key_dim + 1}"
+            )
+
     def streams(self, x: Arrays, p: Arrays) -> Streams:
         q, k, v = self.qkv(x)
         q, k = (rotary(a, x["position"], theta=self.rope_theta) for a in (q, k))

@@ -4,6 +4,7 @@ Rules of differentiation stand on these two: the one here, where all keys are on
 they come from others (`jaxmem.sharding`).
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -47,7 +48,10 @@ OF_PLATFORM = {"tpu": (flash_attention_tpu,), "cuda": (flash_attention_cudnn, fl
 
 def _by_platform(name: str, static: Static, *arrays):
     """The function of that name of the implementation asked for; of the best one on the platform that is compiled for."""
-    of = lambda module: partial(getattr(module, name), static=static)
+    def of(module):
+        function = partial(getattr(module, name), static=static)
+        return function if module is flash_attention_xla else _in_32_bits(function)
+
     if static.implementation is not None:
         return of(IMPLEMENTATIONS[static.implementation])(*arrays)
     able = lambda modules: [of(m) for m in modules if m.why_not(*arrays[:6], static) is None]
@@ -55,6 +59,16 @@ def _by_platform(name: str, static: Static, *arrays):
     if not best:
         return of(flash_attention_xla)(*arrays)
     return jax.lax.platform_dependent(*arrays, default=of(flash_attention_xla), **best)
+
+
+def _in_32_bits(kernel: Callable) -> Callable:
+    """The same whatever `jax_enable_x64` says: indices of kernels are int32."""
+
+    def run(*arrays):
+        with jax.enable_x64(False):
+            return kernel(*arrays)
+
+    return run
 
 
 def to_save(q, k, v, q_place: Place, k_place: Place, extras: Extras, result: Partial):

@@ -79,14 +79,14 @@ def rules(name, n_steps, chunk_tokens):
     return rule, functools.partial(by_equations, equation)
 
 
-def check(name, n_steps, chunk_tokens, **setting):
+def check(name, n_steps, chunk_tokens, tolerance=1e-5, **setting):
     inputs, weight = make_inputs(name, n_steps, **setting)
     rule, exact = rules(name, n_steps, chunk_tokens)
     got = outputs_and_gradients(rule, inputs, weight)
     with jax.enable_x64(True):
         double = jax.tree.map(lambda a: a.astype(np.float64), (inputs, weight))
         want = jax.device_get(outputs_and_gradients(exact, *double))
-    assert_close(got, want)
+    assert_close(got, want, tolerance)
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])
@@ -106,9 +106,15 @@ def test_the_whole_grid(name, chunk_tokens):
     n_steps = int(name[-1]) if name.startswith("product") else 0
     for decay, beta, spread in itertools.product(DECAYS.values(), (0.5, 1.0, 2.0), (None, 0.03)):
         setting = {"decay": decay, "beta": beta, "spread": spread}
-        check("gated_delta_product" if n_steps else name, n_steps, chunk_tokens, **setting)
+        rows = max(n_steps, 1) * chunk_tokens
+        if rows > 128:
+            continue
+        # reflections along nearly one axis: what fp32 makes of the products of keys alone is then more than 1e-5
+        tolerance = 1e-4 if beta == 2 and spread and rows > 32 else 1e-5
+        check("gated_delta_product" if n_steps else name, n_steps, chunk_tokens, tolerance, **setting)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_chunks_of_too_many_steps_are_refused():
     inputs, _ = make_inputs("gated_delta_product", 8, decay=0.05, beta=0.5, spread=None)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Lazy Adam: optax's where all rows are read, other rows left alone, and a cost that does not know the table's size."""
+"""Lazy Adam: the dense one where all rows are read, other rows left alone, and a cost that does not know the table's size."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxmem.pallas_kernels.memory_lookup import RowGradient, bag, row_gradient
+from jaxmem.training.adam import scale_by_adam
 from jaxmem.training.lazy_adam import apply_rows, lazy_adam, sparse_adam
 
 M, V = 7, 3
@@ -22,7 +23,12 @@ def draw(seed, *shape):
 def test_it_is_adam_where_all_rows_are_read(options):
     schedule = lambda step: 0.1 / (1 + step)
     chain = [optax.clip_by_global_norm(0.5)] if "clip_norm" in options else []
-    dense = optax.chain(*chain, optax.adamw(schedule, weight_decay=options.get("weight_decay", 0.0)))
+    dense = optax.chain(
+        *chain,
+        scale_by_adam(0.9, 0.999, 1e-8),
+        optax.add_decayed_weights(options.get("weight_decay", 0.0)),
+        optax.scale_by_learning_rate(schedule),
+    )
     lazy = lazy_adam(schedule, **options)
 
     @jax.jit
