@@ -1,4 +1,4 @@
-"""The tests themselves: a session whose processes hold more memory than is allowed fails, and every session says what it held."""
+"""The tests themselves: a session whose processes hold more memory than is allowed fails, and each says what it held."""
 
 import os
 import subprocess

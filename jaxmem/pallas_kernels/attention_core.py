@@ -48,6 +48,7 @@ OF_PLATFORM = {"tpu": (flash_attention_tpu,), "cuda": (flash_attention_cudnn, fl
 
 def _by_platform(name: str, static: Static, *arrays):
     """The function of that name of the implementation asked for; of the best one on the platform that is compiled for."""
+
     def of(module):
         function = partial(getattr(module, name), static=static)
         return function if module is flash_attention_xla else _in_32_bits(function)

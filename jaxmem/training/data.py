@@ -53,7 +53,7 @@ class DataConfig:
     """
 
     train: tuple[str, ...]
-    """Folders, files or globs (`**` crosses folders). By extension .jsonl, .array_record, all else one text a file, which must be UTF-8."""
+    """Folders, files or globs (`**` crosses folders): by extension .jsonl, .array_record, all else one UTF-8 text a file."""
     heldout: tuple[str, ...] = ()
     """The same for evaluation; its files are left out of training. Empty: a fraction of the training data."""
     heldout_fraction: Annotated[float, Bounds("[0, 1)")] = 0.05
