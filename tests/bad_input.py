@@ -499,6 +499,8 @@ CALLS = """
 AttentionConfig(3).make(D, rngs=nnx.Rngs(0))
 AttentionConfig(2, head_dim=5).make(D, rngs=nnx.Rngs(0))
 AttentionConfig(2).make(D, rngs=0)
+AttentionConfig(2).make(0, rngs=nnx.Rngs(0))
+GatedDeltaNetConfig(2, 4, 4).make(0, rngs=nnx.Rngs(0))
 GatedDeltaNetConfig().make(D, rngs=jax.random.key(0))
 MixtureOfMemoriesConfig().make(D, rngs=None)
 make(AttentionConfig(2)).init_state(1)

@@ -232,5 +232,6 @@ def recurrence_flops(
     overlap = (c + 2) * key if per_channel else 2 * c * key
     if erases == "nothing":
         return overlap + 2 * c * value + 4 * key * value
-    delta_rule = 2 * overlap + 2 * c * (key + 2 * value) + 2 * c * c + 6 * key * value
+    solve = 3 * 2 * c * (key + value)  # with the inverse, and a step of refinement
+    delta_rule = 2 * overlap + solve + 2 * c * value + 2 * c * c + 6 * key * value
     return delta_rule + (2 * overlap + 4 * c * value + 2 * key * value if erases == "at b" else 0)

@@ -41,6 +41,10 @@ def param(
         )
     if len(shape) != len(axes):
         raise ValueError(f"param: needs one logical axis per dimension, got shape={shape} and axes={tuple(axes)}")
+    if min(shape, default=1) < 1:
+        raise ValueError(
+            f"param: needs dimensions of at least 1, got shape={shape} of {', '.join(map(str, axes))}; change d_model or the config"
+        )
     value = init(rngs.params(), shape, jnp.dtype(dtype))
     mesh = current_mesh()
     if mesh is not None:
