@@ -63,6 +63,7 @@ def test_table_and_plot(experiment, tmp_path):
     assert (tmp_path / "facts.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_files_and_takes_the_better_rates(experiment, tmp_path, monkeypatch):
     learn = lambda model, n, rates, seed, o: 4.0 * n + 100 * rates[1] + seed
     monkeypatch.setattr(experiment, "learn", learn)

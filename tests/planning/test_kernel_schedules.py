@@ -58,12 +58,12 @@ def test_blocks_that_a_causal_head_visits():
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"needs dumps of libtpu's bundles in .*, got none; compile something"):
         read_schedules(tmp_path)
-    with pytest.raises(ValueError, match=r"needs one of v5e, v5p, v6e, tpu7x or such a name with sizes.*, got 'v9'"):
+    with pytest.raises(ValueError, match=r"needs one of v4, v5e, v5p, v6e, tpu7x, such a name with sizes.*, got 'v9'"):
         devices("v9")
 
 
 def test_a_report_is_refused_before_anything_is_compiled(monkeypatch):
-    with pytest.raises(ValueError, match="tpu topology: needs one of v5e, v5p, v6e, tpu7x or .* got 'v9'; change it"):
+    with pytest.raises(ValueError, match="tpu topology: needs one of v4, v5e, v5p, v6e, tpu7x, .* got 'v9'; change it"):
         next(report("v9"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="tpu compiler: needs the package libtpu, got none; pip install libtpu"):

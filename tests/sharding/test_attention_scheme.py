@@ -56,7 +56,7 @@ def test_every_choice_says_why(chip):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="needs chip to be one of v5e, .*, got chip='v9'; change it"):
+    with pytest.raises(ValueError, match="needs chip to be one of v4, v5e, .*, got chip='v9'; change it"):
         choose_scheme(LONG, 64, chip="v9")
     odd = Shape(batch=1, n_tokens=1000, n_heads=4, n_kv_heads=4, key_dim=64, value_dim=64)
     with pytest.raises(

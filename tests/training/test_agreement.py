@@ -143,6 +143,7 @@ def test_what_others_tell_ends_this_process():
     assert watcher(3)._verdict({"jaxmem/peers/lost/1": "so it is"}) == ("so it is", 1, 1)
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_missing_is_named():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -83,6 +83,7 @@ def test_one_line_per_step_in_order(whole, config):
     assert {result["program"] for result in lines[-1]["compression"]} >= {"gzip -9", "xz -9"}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_that_of_the_best_evaluation_and_is_kept(whole, config, killed_after):
     held_out = {line["step"]: line["bits_per_byte"] for line in read_metrics(whole) if line["kind"] == "eval"}
     assert best_step(whole / "checkpoints") == min(held_out, key=held_out.get)
@@ -208,6 +209,7 @@ def test_other_heldout_text_of_the_same_size_is_noticed(config, killed_after, sa
         train(moved, run_dir, resume=True)
 
 
+@pytest.mark.slow
 def test_without_held_out_text_and_with_a_tokenizer_that_disappears(config, tmp_path, capsys):
     """One run of both: it is trained without evaluation, and its folder has all that it takes to generate and go on."""
     path = tmp_path / "given" / "tokenizer.json"

@@ -189,6 +189,7 @@ def with_steps(config, steps, choice="restate"):
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_its_rates_keeps_the_choice_and_is_exact_when_interrupted_again(
     config, tmp_path, monkeypatch, capsys
 ):

@@ -54,6 +54,7 @@ def test_a_damaged_newest_checkpoint_does_not_decide(config, killed_after):
     check_run_dir(run_dir, config, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_earlier_step_with_a_lower_rate(config, killed_after, capsys):
     """After a divergence: later checkpoints and their lines are kept aside, what changed is told with both values."""
     run_dir = killed_after(8)
