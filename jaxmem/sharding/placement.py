@@ -43,7 +43,8 @@ def param(
         raise ValueError(f"param: needs one logical axis per dimension, got shape={shape} and axes={tuple(axes)}")
     if min(shape, default=1) < 1:
         raise ValueError(
-            f"param: needs dimensions of at least 1, got shape={shape} of {', '.join(map(str, axes))}; change d_model or the config"
+            f"param: needs dimensions of at least 1, got shape={shape} of {', '.join(map(str, axes))}; "
+            "change d_model or the config"
         )
     value = init(rngs.params(), shape, jnp.dtype(dtype))
     mesh = current_mesh()
