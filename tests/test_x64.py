@@ -11,9 +11,13 @@ import pytest
 from flax import nnx
 from test_laws import CONTINUED, MIXERS, B, D, T, every_mixer, floats, make, normal_like, run, sample, whole
 
+from training import tiny, tiny_memory
+
 from jaxmem.layers.cross_entropy import chunked_cross_entropy
 from jaxmem.models.sampling import SamplingConfig
 from jaxmem.models.sampling import sample as draw
+from jaxmem.training.evaluation import make_eval_step
+from jaxmem.training.step import Shifted, init_state, make_train_step
 
 
 def traced(config, dtype=jnp.float32):
@@ -38,6 +42,23 @@ def test_types_do_not_depend_on_the_flag(name):
     with jax.enable_x64(True):
         got = types(traced(MIXERS[name][0]))
     assert got == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny", [tiny.config, tiny_memory.config])
+def test_steps_of_training_do_not_depend_on_the_flag(tiny):
+    def step():
+        config = tiny()
+        tokens = jax.ShapeDtypeStruct((config.accumulate, 4, config.data.context_tokens), jnp.int32)
+        state = jax.eval_shape(lambda: init_state(config))
+        batch = Shifted(*[tokens] * 5)
+        rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch)
+        evaluation = jax.eval_shape(make_eval_step(config.model), state.params, rows)
+        return types((state, jax.eval_shape(make_train_step(config), state, batch), evaluation))
+
+    want = step()
+    with jax.enable_x64(True):
+        assert step() == want
 
 
 @every_mixer

@@ -40,6 +40,8 @@ from jaxmem.training.adam import scale_by_adam
 from jaxmem.training.lazy_adam import lazy_adam
 from jaxmem.typing import Array, Float, Int, PyTree
 
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Jordan et al. 2024, "Muon": coefficients of x, x x^T x and (x x^T)^2 x."""
 MUON_RMS = 0.2
 """Root mean square of the entries of Muon's direction, about that of Adam's."""
 
@@ -254,7 +256,9 @@ def _muon(momentum: float, dimensions: list[MuonDimensionNumbers]) -> optax.Grad
         return jax.tree.map(scaled, updates, _like(updates, dimensions))
 
     orthogonalize = optax.contrib.scale_by_muon(
-        beta=momentum, weight_dimension_numbers=lambda updates: _like(updates, dimensions)
+        ns_coeffs=np.array(NEWTON_SCHULZ, np.float32),  # a state of fp32 whatever jax_enable_x64 says
+        beta=momentum,
+        weight_dimension_numbers=lambda updates: _like(updates, dimensions),
     )
     return optax.chain(_sharded_by_compiler(orthogonalize), optax.stateless(rescale))
 
