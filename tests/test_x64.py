@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_laws import CONTINUED, MIXERS, B, D, T, every_mixer, floats, make, normal_like, run, sample, whole
-
 from training import tiny, tiny_memory
 
 from jaxmem.layers.cross_entropy import chunked_cross_entropy
