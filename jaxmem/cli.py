@@ -202,7 +202,9 @@ def _find_other_processes(argv: list[str]) -> None:
         return
     values = {name: value[0] if value else "" for name, value in given.items()}
     coordinator, n, index = (values.get(name, "") for name in _OF_PROCESSES)
-    if ":" not in coordinator or not n.isdigit() or not index.isdigit() or int(index) >= int(n):
+    host, _, port = coordinator.rpartition(":")
+    is_address = host and port.isdecimal() and 0 < int(port) < 2**16
+    if not is_address or not n.isdigit() or not index.isdigit() or int(index) >= int(n):
         raise ValueError(
             "train: needs --coordinator HOST:PORT, the same on all processes, with --processes N and --process 0..N-1, "
             f"got {', '.join(f'--{name} {value}' for name, value in values.items())}; give all three"

@@ -49,6 +49,10 @@ def folder(tmp_path, monkeypatch):
             "line 6: needs a file that runs",
         ),
         ("raise KeyError", "line 5: needs a file that runs without an error, got KeyError; correct it"),
+        (
+            "class Rare(BaseException): pass\nraise Rare(7)",
+            "line 6: needs a file that runs without an error, got Rare: 7; correct it",
+        ),
         ("raise SystemExit(3)", "line 5: needs a file that runs without an error, got SystemExit: 3; correct it"),
         (
             "def config():\n    return replace(base(), steps='12')",
