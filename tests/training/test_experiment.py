@@ -96,6 +96,18 @@ def test_the_sentence(source, told, folder, capsys):
     assert sentence.startswith("jaxmem: experiment") and told in sentence, sentence
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_an_error_in_a_mixer_of_ones_own_is_a_sentence_too(folder, capsys):
+    """It is raised long after the file was loaded."""
+    lines = ["import dataclasses", "@dataclasses.dataclass(frozen=True)", "class Own(AttentionConfig):"]
+    lines += ["    def make(self, d_model, *, rngs):", "        return {}['width']", "def config():"]
+    lines += ["    return replace(base(), model=replace(base().model, pattern=(Own(2),)))"]
+    Path("own.py").write_text(HEADER + "\n".join(lines) + "\n")
+    assert cli.main(["info", "own.py"]) == 2
+    told = "line 9: needs a file that runs without an error, got KeyError: 'width'; correct it"
+    assert capsys.readouterr().err == f"jaxmem: experiment own.py, {told}\n"
+
+
 def test_where_it_comes_from_can_be_shown(folder, monkeypatch):
     Path("own.py").write_text(HEADER + "raise KeyError('width')\n")
     monkeypatch.setenv(cli.TRACEBACK, "1")
