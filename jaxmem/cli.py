@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import textwrap
+import traceback
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,6 +57,21 @@ def _told(argv: list[str]) -> int:
     except KeyboardInterrupt:
         output.complain("jaxmem: interrupted")
         return 130
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1" or (sentence := _of_own_code(error, argv)) is None:
+            raise
+        output.complain(f"jaxmem: {sentence}")
+        return 2
+
+
+def _of_own_code(error: Exception, argv: list[str]) -> str | None:
+    """What to say of an error of a mixer of one's own, in a file among the words; None if it comes from elsewhere."""
+    from jaxmem.training.experiment import explained
+
+    files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
+    own = [word.rpartition("=")[2] for word in argv if word.endswith(".py")]
+    path = next((path for path in own if os.path.abspath(path) in map(os.path.abspath, files)), None)
+    return None if path is None else explained(error, Path(path))
 
 
 def _run(argv: list[str]) -> int:
@@ -202,7 +218,9 @@ def _find_other_processes(argv: list[str]) -> None:
         return
     values = {name: value[0] if value else "" for name, value in given.items()}
     coordinator, n, index = (values.get(name, "") for name in _OF_PROCESSES)
-    if ":" not in coordinator or not n.isdigit() or not index.isdigit() or int(index) >= int(n):
+    host, _, port = coordinator.rpartition(":")
+    is_address = host and port.isdecimal() and 0 < int(port) < 2**16
+    if not is_address or not n.isdigit() or not index.isdigit() or int(index) >= int(n):
         raise ValueError(
             "train: needs --coordinator HOST:PORT, the same on all processes, with --processes N and --process 0..N-1, "
             f"got {', '.join(f'--{name} {value}' for name, value in values.items())}; give all three"

@@ -50,7 +50,8 @@ def from_json(data: Any, own: Sequence[ModuleType] = ()) -> Any:
     """The config that `to_json` wrote; lists come back as tuples.
 
     Args:
-      own: modules in which to look for classes that are not where they were, as in a file that has another name now.
+      own: modules in which to look for classes that are not where they were, as in a file that has another name now; what
+        they import from jaxmem is not meant.
 
     Raises:
       UnknownClass: a class that cannot be found.
@@ -108,17 +109,23 @@ def _find_class(name: Any, own: Sequence[ModuleType]) -> type:
     """`name` is "module.Class" or "module.Outer.Inner", the module itself of one part or more."""
     parts = name.split(".") if isinstance(name, str) else [""]
     for n in range(len(parts) - 1, 0, -1):
-        for module in (_module(".".join(parts[:n])), *own):
+        there = _module(".".join(parts[:n]))
+        for module in (there, *own):
             found = module
             for part in parts[n:]:
                 found = getattr(found, part, None)
-            if isinstance(found, type) and dataclasses.is_dataclass(found):
+            is_meant = module is there or not _is_jaxmem(getattr(found, "__module__", ""))
+            if isinstance(found, type) and dataclasses.is_dataclass(found) and is_meant:
                 return found
     raise UnknownClass(str(name))
 
 
+def _is_jaxmem(module: str) -> bool:
+    return module == "jaxmem" or module.startswith("jaxmem.")
+
+
 def _module(name: str) -> ModuleType | None:
-    if name == "jaxmem" or name.startswith("jaxmem."):
+    if _is_jaxmem(name):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError:

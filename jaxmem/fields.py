@@ -251,6 +251,8 @@ def _advice(value: Any, kind: Any) -> str:
     choices = [choice for arm in (kind, *args) if typing.get_origin(arm) is Literal for choice in typing.get_args(arm)]
     if isinstance(value, str) and (near := difflib.get_close_matches(value, map(str, choices), 1)):
         return f"did you mean {near[0]}?"
+    if isinstance(value, type) and value.__name__ in choices:  # jnp.bfloat16
+        return f"write {value.__name__!r}"
     if isinstance(value, type) and value not in _PLAIN:
         return f"write {value.__name__}(...)"
     for arm in (kind, *args):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jaxmem.checkpoints import CheckpointConfig
-from jaxmem.config import from_json, to_json
+from jaxmem.config import UnknownClass, from_json, to_json
 from jaxmem.layers.attention import AttentionConfig
 from jaxmem.models.decoder import DecoderConfig
 from jaxmem.models.presets import PRESETS, preset
@@ -75,6 +75,14 @@ def test_only_plain_values_are_written(value):
 def test_a_class_that_is_no_config(name):
     with pytest.raises(ValueError, match=f"config: needs the name of a config class, got '{name}'; import the module"):
         from_json({"type": name})
+
+
+def test_no_class_of_jaxmem_stands_for_one_of_the_same_name():
+    """Another file that only imports AttentionConfig does not define own.AttentionConfig."""
+    other = sys.modules[__name__]
+    data = to_json(AttentionConfig(2)) | {"type": "own.AttentionConfig"}
+    with pytest.raises(UnknownClass, match="got 'own.AttentionConfig'"):
+        from_json(data, [other])
 
 
 def test_an_object_without_a_type():

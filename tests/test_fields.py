@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -165,6 +166,10 @@ def test_what_a_field_may_not_be_is_one_sentence(cls, name):
         (
             lambda: MixtureOfMemoriesConfig(top_k=5),
             "needs top_k <= n_memories, got top_k=5 of n_memories=4; choose fewer",
+        ),
+        (
+            lambda: DecoderConfig(8, 8, pattern=(AttentionConfig(2),), dtype=jnp.bfloat16),
+            "needs dtype to be one of float32, bfloat16, got dtype=the class bfloat16; write 'bfloat16'",
         ),
         (
             lambda: MeshConfig(parameters="fsdp"),

@@ -75,7 +75,7 @@ def chunked_cross_entropy(
     >>> bool(jnp.isclose(out.loss_sum / out.weight_sum, jnp.log(8.0)))
     True
     """
-    _require_tokens(targets, vocab_size or table.shape[0], weights)
+    _require_tokens(x, targets, vocab_size or table.shape[0], weights)
     logit, lse = target_logit_and_lse(x, table, targets, vocab_size, chunk_tokens)
     weights = constrain(weights.astype(jnp.float32), *TOKENS)
     nats = _of_tokens(lse - logit, targets, vocab_size or table.shape[0], weights != 0)
@@ -96,7 +96,7 @@ def token_nats(
 
     Raises: as `chunked_cross_entropy`; under jit a target that is no token has NaN.
     """
-    _require_tokens(targets, vocab_size or table.shape[0])
+    _require_tokens(x, targets, vocab_size or table.shape[0])
     logit, lse = target_logit_and_lse(x, table, targets, vocab_size, chunk_tokens)
     return _of_tokens(lse - logit, targets, vocab_size or table.shape[0])
 
@@ -109,8 +109,16 @@ def _of_tokens(
     return jnp.where(is_token | ~jnp.asarray(counts), nats, jnp.nan)
 
 
-def _require_tokens(targets: Array, n_tokens: int, weights: Array | None = None) -> None:
-    """Raises ValueError for targets outside the vocabulary that count, if their values are known."""
+def _require_tokens(x: Array, targets: Array, n_tokens: int, weights: Array | None = None) -> None:
+    """Raises ValueError for what is not one target and weight per token, and for targets outside the vocabulary that
+    count, if their values are known."""
+    one_each = all(a.shape == x.shape[:2] for a in (targets, weights) if a is not None)
+    if not one_each or not jnp.issubdtype(targets.dtype, jnp.integer):
+        given = f"targets of shape {targets.shape} and dtype {targets.dtype}"
+        given += "" if weights is None else f", weights of shape {weights.shape}"
+        raise ValueError(
+            f"cross-entropy: needs one integer target and one weight per token of x, {x.shape[:2]}, got {given}; change them"
+        )
     known_targets, counted = known(targets), None if weights is None else known(weights)
     if known_targets is None or (weights is not None and counted is None):
         return

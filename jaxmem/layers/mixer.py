@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmem.recurrences.documents import known, misplaced, require_padding_behind
+from jaxmem.recurrences.documents import in_int32, known, misplaced, require_padding_behind
 from jaxmem.sharding import constrain, current_rules, local
 from jaxmem.sharding.folds import find_end, from_where, halo, is_first, prefix_fold, sequence_axis, spread
 from jaxmem.sharding.layouts import from_contiguous, to_contiguous
@@ -263,10 +263,11 @@ def advance(
         segment_ids = constrain(jnp.broadcast_to(cursor.segment[:, None], (rows, n_tokens)), "batch", "time")
     else:
         require_per_token(what, "segment_ids", segment_ids, (cursor.segment.shape[0], n_tokens))
+        segment_ids = in_int32(what, segment_ids)
     rows, row = ("batch", "time"), ("batch",)
     tokens, end = local(
         _advance, in_axes=(Cursor(row, row), rows), out_axes=(Tokens(rows, rows, rows), Cursor(row, row))
-    )(cursor, segment_ids.astype(jnp.int32))
+    )(cursor, segment_ids)
     if (after := known(end.segment)) is not None and np.any(after == BROKEN):
         if given is not None:
             require_padding_behind(what, given)

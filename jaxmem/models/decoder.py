@@ -21,7 +21,7 @@ from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.mixer import Mixer, MixerConfig, SequenceMixer, advance, init_cursor, require_per_token, said
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
-from jaxmem.recurrences.documents import require_padding_behind
+from jaxmem.recurrences.documents import in_int32, require_padding_behind
 from jaxmem.sharding import ROWS, constrain, current_rules, einsum, param
 from jaxmem.sharding.kinds import is_memory
 from jaxmem.sharding.layouts import lay_out, restore
@@ -193,6 +193,7 @@ class Decoder(nnx.Module):
         self._require_call(tokens, state, segment_ids, positions)
         if not tokens.size:
             return self._of_nothing(tokens, state, with_use)
+        segment_ids = None if segment_ids is None else in_int32("Decoder", segment_ids)
         layout = current_rules().layout
         tokens, segment_ids, positions = (
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)

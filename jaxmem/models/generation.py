@@ -257,18 +257,22 @@ def _with_whole_batch() -> Callable[..., PyTree]:
 def _checked_prompt(prompt_ids: Sequence[int], max_tokens: int, vocab_size: int) -> Int[np.ndarray, "T"]:
     if max_tokens < 1:
         raise ValueError(f"generate: needs max_tokens >= 1, got max_tokens={max_tokens}; ask for at least one")
-    prompt = np.asarray(prompt_ids, np.int32)
+    prompt = np.asarray(prompt_ids)
     if prompt.ndim != 1 or not prompt.size:
         raise ValueError(
             f"generate: needs a prompt of one or more token ids, got prompt_ids of shape {prompt.shape}; "
             "start it with the tokenizer's bos_id"
+        )
+    if not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(
+            f"generate: needs integers as token ids, got prompt_ids of dtype {prompt.dtype}; encode the text with the tokenizer"
         )
     if prompt.min() < 0 or prompt.max() >= vocab_size:
         raise ValueError(
             f"generate: needs token ids in 0..{vocab_size - 1}, got prompt_ids={prompt.min()}..{prompt.max()}; "
             "use the tokenizer that the model was trained with"
         )
-    return prompt
+    return prompt.astype(np.int32)
 
 
 def _checked_allowed(allowed: Bool[np.ndarray, "Vocab"] | None, vocab_size: int) -> Bool[np.ndarray, "Vocab"]:

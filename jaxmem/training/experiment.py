@@ -84,7 +84,9 @@ def load_experiment(path: str | Path) -> TrainConfig:
             spec.loader.exec_module(module)
             config = getattr(module, "config", None)
             made = config() if inspect.isroutine(config) else config
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         if is_new:
             del sys.modules[path.stem]
         raise ValueError(explained(error, path)) from error

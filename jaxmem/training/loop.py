@@ -46,6 +46,7 @@ from jaxmem.training.placement import (
     to_host,
 )
 from jaxmem.training.progress import Progress
+from jaxmem.training.resume import MAY_CHANGE as MAY_CHANGE
 from jaxmem.training.resume import check_config, check_run_dir, notes_on_config
 from jaxmem.training.run_folder import CHECKPOINTS, CONFIG_FILE, TABLES, locked, mark_checkpoints
 from jaxmem.training.signals import Stop, stop_on_signals

@@ -105,7 +105,9 @@ def import_file(path: str | Path) -> ModuleType:
     try:
         with found_beside(path):
             spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         if is_new:
             del sys.modules[path.stem]
         raise ValueError(explained(error, path)) from error

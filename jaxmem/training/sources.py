@@ -113,7 +113,8 @@ def find_files(what: str, patterns: Sequence[str], exclude: Sequence[str], repor
             root, names = _walk(what, path, exclude, report)
         kept = [name for name in sorted(names) if not _excluded(name, exclude)]
         if not kept:
-            excluded = f" ({len(names)} excluded)" if names else ""
+            reasons = [f"{len(names)} excluded"] * bool(names) + report.examples
+            excluded = f" ({'; '.join(reasons)})" if reasons else ""
             raise ValueError(
                 f"{what} data: needs at least one file, got {what}={pattern!r} with none{excluded}; put text, .jsonl "
                 "or .array_record files there, or name another folder, file or glob"
@@ -148,6 +149,9 @@ def _walk(what: str, path: str, exclude: Sequence[str], report: DataReport) -> t
         inside = _posix(os.path.relpath(folder, path)).removeprefix(".")
         prefix = inside + "/" if inside else ""
         folders[:] = [f for f in folders if not f.startswith(".") and not _excluded(prefix + f, exclude)]
+        for f in folders:
+            if os.path.islink(os.path.join(folder, f)):
+                report.unreadable_because(prefix + f, "a link to a folder, not followed; name that folder itself")
         names += [prefix + f for f in files if not f.startswith(".")]
     return path, names
 

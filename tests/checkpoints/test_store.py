@@ -308,7 +308,7 @@ def test_without_any_intact_checkpoint_everything_is_left_where_it_is(two_checkp
     with open_store(directory) as store, pytest.raises(CheckpointError, match=message):
         store.restore(abstract(arrays(1)))
     assert complete_steps(directory) == [1, 2]
-    with pytest.raises(CheckpointError, match="needs an intact checkpoint, got none"):
+    with pytest.raises(CheckpointError, match="needs an intact checkpoint, got none; wait for the first"):
         load_checkpoint(tmp_path / "nowhere", abstract(arrays(1)))
 
 

@@ -78,6 +78,19 @@ def test_without_weight_everything_is_zero_whatever_the_targets():
     assert value == 0 and not any(np.any(g) for g in gradients)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_one_integer_target_per_token():
+    x, table, targets, weights = batch()
+    for wrong, got in ((targets[:, 1:], "int32"), (targets.astype(jnp.float32), "float32")):
+        message = f"needs one integer target and one weight per token of x, .* got targets of shape .* and dtype {got}"
+        with pytest.raises(ValueError, match=message):
+            chunked_cross_entropy(x, table, wrong, weights)
+        with pytest.raises(ValueError, match=message):
+            token_nats(x, table, wrong)
+    with pytest.raises(ValueError, match="weights of shape"):
+        chunked_cross_entropy(x, table, targets, weights[:1, 1:])
+
+
 def test_a_target_outside_the_vocabulary_that_counts_is_loud():
     """It raises where values are known; under jit the sums are NaN. One of no weight changes nothing, gradients included."""
     x, table, targets, weights = batch()

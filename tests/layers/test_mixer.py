@@ -78,6 +78,24 @@ def test_one_id_per_token():
         advance(init_cursor(1), jnp.ones((1, 3), jnp.int32), 4)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_ids_that_int32_does_not_hold_are_told():
+    """Not taken for others: 2**32 + 1 and 2**33 + 1 would be one document, 2**32 padding."""
+    for ids in ([[2**32 + 1, 2**33 + 1, 0]], [[1, 1, 2**32]], [[2**31, 2**31, 1]]):
+        told = f"mixer: needs segment_ids of at most 2147483647, .* got {np.max(ids)}; number"
+        with pytest.raises(ValueError, match=told):
+            advance(init_cursor(1), np.array(ids, np.int64), 3)
+    with pytest.raises(ValueError, match="at most 2147483647"):
+        advance(init_cursor(1), np.array([[2**31 + 5]], np.uint32), 1)
+    with pytest.raises(ValueError, match="needs segment_ids above 0"):
+        advance(init_cursor(1), np.array([[-(2**32), 1]], np.int64), 2)
+    tokens, _ = advance(init_cursor(1), np.array([[2**31 - 1, 2, 0]], np.int64), 3)
+    assert tokens.document.tolist() == [[2, 3, 0]]
+    with jax.enable_x64(True):
+        _, end = jax.jit(functools.partial(advance, n_tokens=2))(init_cursor(1), jnp.array([[2**32 + 1, 2**32 + 1]]))
+    assert end.segment.tolist() == [BROKEN]
+
+
 BAD = jnp.array([[0, 1, 1, 1, 0, 0, 0], [1, 1, 0, 2, 0, 0, 0], [1, 1, 1, -1, 0, 0, 0], [3, 3, 1, 1, 0, 0, 0]])
 
 

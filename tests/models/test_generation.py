@@ -185,12 +185,14 @@ def test_a_cache_below_prompt_and_text_is_refused_where_something_grows():
     ("arguments", "text"),
     [
         ({"prompt_ids": []}, r"a prompt of one or more token ids, got prompt_ids of shape \(0,\); start it with"),
+        ({"prompt_ids": [1.7, 2]}, r"integers as token ids, got prompt_ids of dtype float64; encode"),
+        ({"prompt_ids": [2**32 + 1]}, r"token ids in 0\.\.299, got prompt_ids=4294967297\.\.4294967297; use"),
         ({"prompt_ids": [1, VOCAB]}, r"token ids in 0\.\.299, got prompt_ids=1\.\.300; use the tokenizer"),
         ({"max_tokens": 0}, "max_tokens >= 1, got max_tokens=0; ask"),
         ({"allowed": np.zeros(VOCAB, bool)}, r"one or more of 300 tokens .* \(300,\) with 0 True; pass one bool"),
         ({"allowed": np.ones(VOCAB + 1, bool)}, r"one or more of 300 tokens .* \(301,\) with 301 True; pass one bool"),
     ],
-    ids=["empty", "unknown-id", "no-tokens", "nothing-allowed", "other-vocabulary"],
+    ids=["empty", "no-integers", "wide-id", "unknown-id", "no-tokens", "nothing-allowed", "other-vocabulary"],
 )
 def test_errors_say_what_to_do(arguments, text):
     with pytest.raises(ValueError, match=f"^generate: needs {text}"):

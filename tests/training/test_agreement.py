@@ -168,6 +168,10 @@ def test_a_coordinator_that_is_missing_is_named():
             ["--coordinator=here:1", "--processes", "2", "--process", "2"],
             "--coordinator here:1, --processes 2, --process 2",
         ),
+        (
+            ["--coordinator=here:99999", "--processes=2", "--process=0"],
+            "--coordinator here:99999, --processes 2, --process 0",
+        ),
         (["--coordinator", "here", "--processes=2", "--process=0"], "--coordinator here, --processes 2, --process 0"),
     ],
 )

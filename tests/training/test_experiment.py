@@ -49,6 +49,10 @@ def folder(tmp_path, monkeypatch):
             "line 6: needs a file that runs",
         ),
         ("raise KeyError", "line 5: needs a file that runs without an error, got KeyError; correct it"),
+        (
+            "class Rare(BaseException): pass\nraise Rare(7)",
+            "line 6: needs a file that runs without an error, got Rare: 7; correct it",
+        ),
         ("raise SystemExit(3)", "line 5: needs a file that runs without an error, got SystemExit: 3; correct it"),
         (
             "def config():\n    return replace(base(), steps='12')",
@@ -90,6 +94,18 @@ def test_the_sentence(source, told, folder, capsys):
     assert cli.main(["info", "own.py"]) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("jaxmem: experiment") and told in sentence, sentence
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_error_in_a_mixer_of_ones_own_is_a_sentence_too(folder, capsys):
+    """It is raised long after the file was loaded."""
+    lines = ["import dataclasses", "@dataclasses.dataclass(frozen=True)", "class Own(AttentionConfig):"]
+    lines += ["    def make(self, d_model, *, rngs):", "        return {}['width']", "def config():"]
+    lines += ["    return replace(base(), model=replace(base().model, pattern=(Own(2),)))"]
+    Path("own.py").write_text(HEADER + "\n".join(lines) + "\n")
+    assert cli.main(["info", "own.py"]) == 2
+    told = "line 9: needs a file that runs without an error, got KeyError: 'width'; correct it"
+    assert capsys.readouterr().err == f"jaxmem: experiment own.py, {told}\n"
 
 
 def test_where_it_comes_from_can_be_shown(folder, monkeypatch):

@@ -140,6 +140,19 @@ def test_array_record_that_is_broken(tmp_path):
     assert "link.array_record: No such file or directory" in report.examples
 
 
+def test_a_link_to_a_folder_is_told(tmp_path):
+    """Such folders are not followed, lest a link to a folder above never ends; without a word their text would be missed."""
+    root = write(tmp_path / "here", {"good.txt": "good"})
+    write(tmp_path / "there", {"more.txt": "more"})
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    report = read(root).report
+    assert (report.documents, report.unreadable) == (1, 1)
+    assert report.examples == ["link: a link to a folder, not followed; name that folder itself"]
+    (tmp_path / "here" / "good.txt").unlink()
+    with pytest.raises(ValueError, match="with none .link: a link to a folder"):
+        read(root)
+
+
 def test_a_bad_record_does_not_spoil_its_block(tmp_path):
     pytest.importorskip("array_record")
     from jaxmem.training.formats import ArrayRecords
