@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done (or stopped by a signal with all saved), 1 failed, 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
     output.occupy()
+    output.print_anything()
     try:
         try:
             if argv[:1] != ["train"]:

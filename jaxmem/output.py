@@ -17,6 +17,13 @@ def occupy() -> None:
         os.close(nothing)
 
 
+def print_anything() -> None:
+    """What the terminal cannot show, as a file's name that is no UTF-8 or a letter beyond ASCII, is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, AttributeError, OSError):  # of a notebook, or None
+            stream.reconfigure(errors="backslashreplace")
+
+
 def flush() -> None:
     """Writes out what is buffered. Raises: OSError, BrokenPipeError among them, if nobody can read it."""
     with contextlib.suppress(ValueError, AttributeError):  # a stream that was closed, or is None

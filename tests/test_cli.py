@@ -1,6 +1,7 @@
 """The command line: help, what a model costs, and bad input told in one sentence."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 from flax import nnx
 
 import jaxmem
-from jaxmem import arguments, cli
+from jaxmem import arguments, cli, output
 from jaxmem.checkpoints import CheckpointStore
 from jaxmem.config import to_json
 from jaxmem.layers.attention import AttentionConfig
@@ -438,3 +439,12 @@ def test_a_process_says_one_sentence_or_shows_where(folder):
 def test_help_does_not_wait_for_jax(folder):
     code = "import sys, jaxmem.cli; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'orbax', 'grain')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch):
+    """Under another locale, or a file's name that is no UTF-8, which the report on the data prints."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    output.print_anything()
+    print("caf\xe9 \udcff.txt", flush=True)
+    assert raw.getvalue() == b"caf\\xe9 \\udcff.txt\n"

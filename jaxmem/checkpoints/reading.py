@@ -205,7 +205,11 @@ def _newest_intact(directory: str | os.PathLike, step: int | None) -> tuple[int,
             return candidate, notes
     raise CheckpointError(
         f"checkpoints in {directory}: needs an intact checkpoint, got {'; '.join(notes) or 'none'}; "
-        + ("copy one back from elsewhere, or start again in another directory" if notes else "wait for the first, or put them back")
+        + (
+            "copy one back from elsewhere, or start again in another directory"
+            if notes
+            else "wait for the first, or put them back"
+        )
     )
 
 

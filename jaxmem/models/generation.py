@@ -265,7 +265,7 @@ def _checked_prompt(prompt_ids: Sequence[int], max_tokens: int, vocab_size: int)
         )
     if not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(
-            f"generate: needs integers as token ids, got prompt_ids of dtype {prompt.dtype}; encode the text with the tokenizer"
+            f"generate: needs integers as token ids, got prompt_ids of dtype {prompt.dtype}; encode the text first"
         )
     if prompt.min() < 0 or prompt.max() >= vocab_size:
         raise ValueError(

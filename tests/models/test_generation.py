@@ -194,6 +194,7 @@ def test_a_cache_below_prompt_and_text_is_refused_where_something_grows():
     ],
     ids=["empty", "no-integers", "wide-id", "unknown-id", "no-tokens", "nothing-allowed", "other-vocabulary"],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_errors_say_what_to_do(arguments, text):
     with pytest.raises(ValueError, match=f"^generate: needs {text}"):
         generate(model(), **{"prompt_ids": [1], "max_tokens": 1} | arguments)

@@ -237,6 +237,13 @@ def test_a_sample_that_reads_like_a_number_is_shown(sample, tmp_path):
     assert f"<pre><b>-Infinity</b>{sample}</pre>" in write_report(tmp_path).read_text()
 
 
+def test_a_prompt_that_is_no_utf8_does_not_lose_the_report(tmp_path):
+    """A byte of a command line that cannot be decoded is a lone surrogate in Python."""
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write("final", 3, prompt="caf\udce9", sample="!")
+    assert r"<pre><b>caf\udce9</b>!</pre>" in write_report(tmp_path).read_text()
+
+
 def test_a_sample_of_an_older_version_that_was_read_as_a_number_is_shown(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "final", "step": 3, "prompt": "", "sample": "NaN"}\n')
     assert "<pre>nan</pre>" in write_report(tmp_path).read_text()
