@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 from jaxmem import __version__, arguments, output
 from jaxmem.fields import Bounds, Count, Natural, NonNegative, Seed
 
+INTERRUPTED = 130
+"""Exit code of a command that a second Ctrl-C, or one outside training, has ended."""
 TRACEBACK = "JAXMEM_TRACEBACK"
 """Environment variable: set it to 1 to see where an error comes from."""
 
@@ -57,7 +59,7 @@ def _told(argv: list[str]) -> int:
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         output.complain("jaxmem: interrupted")
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1" or (sentence := _of_own_code(error, argv)) is None:
             raise
@@ -84,7 +86,7 @@ def _run(argv: list[str]) -> int:
         print(_versions())
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        near = ["--help"] if name == "help" else difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], 1)
         advice = f"did you mean {near[0]}?" if near else "`jaxmem --help` says what they do"
         raise ValueError(f"command line: needs a command, one of {', '.join(COMMANDS)}, got {name!r}; {advice}")
     function = COMMANDS[name]
@@ -160,6 +162,8 @@ def train(
     """
     from jaxmem.training import loop
 
+    if out is not None and not out.strip():
+        raise ValueError("train: needs the name of a folder for --out, got an empty one; name one, or leave --out away")
     if os.environ.get(TRACEBACK) != "1":
         _quieten_failed_saves()
     loop.train(
@@ -401,5 +405,14 @@ def table(
 COMMANDS = {"train": train, "generate": generate, "info": info, "plan": plan, "kernels": kernels, "table": table}
 
 
+def entry() -> None:
+    """The program `jaxmem`: `main`, and the end of the process."""
+    code = main()
+    if code == INTERRUPTED:  # XLA may still compile in other threads: a regular end waits for them, or dies in them
+        output.abandon()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

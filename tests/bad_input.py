@@ -383,6 +383,10 @@ def _tokenizer(path: str, **changes) -> None:
 
 DATA = [
     ("a folder that is not there", lambda: None, "train tiny.py --data.train nowhere"),
+    ("all of it held out by name", lambda: None, "train tiny.py --data.heldout text"),
+    ("a run's folder without a name", lambda: None, "train tiny.py --out ''"),
+    ("a file for a run's folder", lambda: None, "train tiny.py --out tiny.py"),
+    ("a flag of no command", lambda: None, "--verison"),
     ("an empty folder", lambda: None, "train tiny.py --data.train empty"),
     ("a glob that matches nothing", lambda: None, "train tiny.py --data.train text/*.md"),
     ("an empty file", lambda: _write("d1/a.txt", ""), "train tiny.py --data.train d1"),

@@ -211,6 +211,8 @@ def _indexed(config: DataConfig, tokenizer: Tokenizer | None, split: Literal["tr
     pieces = index_pieces(files, Formats(config.jsonl_field), config.context_tokens * bytes_per_token, report)
     if not pieces:
         remedy = "name heldout files that have text" if split == "heldout" else "put more text there or hold out less"
+        if split == "train" and heldout and not files:
+            remedy = "all of them are held out by name (heldout): name others there, or none to hold out a share"
         raise ValueError(f"{split} data: needs at least one document with text, got {report}; {remedy}")
     return pieces
 

@@ -96,8 +96,8 @@ def tokenizer_to_train_with(spec: str, run_dir: Path, resume: bool) -> Tokenizer
     tokenizer = tokenizer_of_run(spec, run_dir)
     if spec != "bytes" and tokenizer_file(spec).exists() and load_tokenizer(spec).content != tokenizer.content:
         raise ValueError(
-            f"resume: needs the tokenizer of the run in {str(run_dir)!r}, got tokenizer={spec!r} with other contents; "
-            f"put back the file of which {TOKENIZER_FILE} there is a copy, or start a new run with --out"
+            f"resume: needs the tokenizer of the run in {str(run_dir)!r}, got tokenizer={spec!r} with other contents "
+            f"than its copy {TOKENIZER_FILE} there; put back the one of them that was changed, or start a new run with --out"
         )
     return tokenizer
 

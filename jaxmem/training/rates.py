@@ -77,12 +77,16 @@ def describe(after: OptimizerConfig, steps: int, before: OptimizerConfig, until_
     if steps == until_now:
         return f"{said}: optimizer.learning_rate or its schedule was changed"
     if goes_on:
-        return f"{said}: it goes on from what was reached, {_ahead(after, steps, step)}"
+        part = f"the part of optimizer.learning_rate that was reached, {after.continued[1]:.3g},"
+        reached = part if after.learning_rate != before.learning_rate else "what was reached,"
+        return f"{said}: it goes on from {reached} {_ahead(after, steps, step)}"
     said += f": the schedule is that of a run of {steps} steps now, not {until_now}, {_ahead(after, steps, step)}"
     if not jumps or after.on_new_steps == "continue":
         return said
     choice = continued(dataclasses.replace(after, on_new_steps="continue"), steps, before, until_now, step)
-    said += f"; --optimizer.on-new-steps continue goes on from the rate reached instead, {_ahead(choice, steps, step)}"
+    goes_on_at = rate_of(choice, steps, step)
+    where = "the rate reached" if _same(goes_on_at, last) else f"{goes_on_at:.3g}"
+    said += f"; --optimizer.on-new-steps continue goes on from {where} instead, {_ahead(choice, steps, step)}"
     begun = until_now - max(1, round(before.decay_fraction * until_now))
     if before.schedule == "wsd" and before.continued is None and begun < step:
         said += f"; --from-step takes a checkpoint of step {begun} or before, where the decay had not begun"

@@ -40,6 +40,8 @@ def locked(run_dir: Path) -> Iterator[str]:
     Raises: ValueError if another run has it; OSError if the folder cannot be written.
     """
     is_new = not run_dir.exists()
+    if not is_new and not run_dir.is_dir():
+        raise ValueError(f"run: needs a folder, got {str(run_dir)!r}, which is a file; name another with --out")
     with explain_failed_write(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         file, note = _lock(run_dir)

@@ -148,6 +148,14 @@ def test_both_rates_are_told_with_what_can_be_chosen(config, steps, step, said):
     assert found == (said and f"learning rate: {said}")
 
 
+def test_to_continue_with_another_learning_rate_goes_on_from_its_part():
+    lower = dataclasses.replace(COSINE, on_new_steps="continue", learning_rate=0.1)
+    assert describe(continued(lower, 200, COSINE, 100, 100), 200, COSINE, 100, 100) == (
+        "learning rate: 0.1 in step 100, the last one made, and 0.01 in step 101, 0.1 times as high: it goes on from the "
+        "part of optimizer.learning_rate that was reached, 0.1, and stays at 0.01 to the end"
+    )
+
+
 def test_another_learning_rate_is_told():
     said = describe(dataclasses.replace(CONSTANT, learning_rate=0.5), 100, CONSTANT, 100, 60)
     assert said == (
