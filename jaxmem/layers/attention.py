@@ -135,7 +135,7 @@ class Attention(SequenceMixer):
     state_type = AttentionState
 
     def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs):
-        self.config, self.d_model = config, d_model
+        super().__init__(config, d_model)
         self.head_dim = config.width(d_model)
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         out_of = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)

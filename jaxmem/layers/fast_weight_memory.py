@@ -143,7 +143,8 @@ class FastWeightMemory(SequenceMixer):
 
     def __init__(self, config: FastWeightMemoryConfig, d_model: int, *, rngs: nnx.Rngs):
         """Sub-keys start normal, as normalised queries are; gates at sigmoid(0) on average."""
-        self.config, self.d_model, half = config, d_model, config.key_dim // 2
+        super().__init__(config, d_model)
+        half = config.key_dim // 2
         init = jax.nn.initializers.lecun_normal()
         into = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         self.query = param(rngs, into, (d_model, 2, half), ("embed", None, "key"), matrix())

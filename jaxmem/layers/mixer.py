@@ -106,11 +106,18 @@ class MixerConfig(Protocol):
 
 class SequenceMixer(nnx.Module):
     """The part of a call that is the same for all mixers: what comes in is checked, documents are read, calls on nothing
-    answered, and rows that broke the contract made NaN. A layer sets `config` and `d_model`, and has `empty_state` and `mix`.
+    answered, and rows that broke the contract made NaN. A layer has `empty_state` and `mix`.
     """
 
     state_type: ClassVar[type]
     """The NamedTuple of its state, which has a `cursor`."""
+
+    def __init__(self, config: MixerConfig, d_model: int):
+        self.config, self.d_model = config, d_model
+        if isinstance(d_model, bool) or not isinstance(d_model, int | np.integer) or d_model < 1:
+            raise ValueError(
+                f"{self.what}: needs d_model >= 1, the width of x, got d_model={d_model!r}; pass a whole number to make"
+            )
 
     def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> PyTree:
         """The state of `batch` rows that have seen nothing."""

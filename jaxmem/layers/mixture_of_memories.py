@@ -174,7 +174,7 @@ class MixtureOfMemories(SequenceMixer):
     state_type = MixtureState
 
     def __init__(self, config: MixtureOfMemoriesConfig, d_model: int, *, rngs: nnx.Rngs):
-        self.config, self.d_model = config, d_model
+        super().__init__(config, d_model)
         init = nnx.initializers.truncated_normal(d_model**-0.5)
         self.router = param(rngs, init, (d_model, config.n_memories), ("embed", "memory"), matrix())
         n_kv = 1 if config.single_kv else config.n_slots

@@ -292,7 +292,7 @@ class Recurrent(SequenceMixer):
     state_type = RecurrentState
 
     def __init__(self, config: RecurrentConfig, d_model: int, *, rngs: nnx.Rngs):
-        self.config, self.d_model = config, d_model
+        super().__init__(config, d_model)
         self.projections = Projections(config, d_model, rngs=rngs)
         self.taps = make_taps(config, d_model, rngs=rngs)
         self.parameters = make_parameters(config, d_model, rngs=rngs)

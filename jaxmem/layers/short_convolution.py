@@ -118,7 +118,7 @@ class ShortConvolution(SequenceMixer):
     state_type = ShortConvolutionState
 
     def __init__(self, config: ShortConvolutionConfig, d_model: int, *, rngs: nnx.Rngs):
-        self.config, self.d_model = config, d_model
+        super().__init__(config, d_model)
         self.weight = param(rngs, init_taps, (config.width, d_model), ("tap", "embed"), VECTOR)
 
     def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> ShortConvolutionState:
