@@ -110,8 +110,8 @@ def test_the_whole_grid(name, chunk_tokens):
         rows = max(n_steps, 1) * chunk_tokens
         if rows > 128:
             continue
-        # reflections along nearly one axis: what fp32 makes of the products of keys alone is then more than 1e-5
-        tolerance = 1e-4 if beta == 2 and spread and rows > 32 else 1e-5
+        # reflections along nearly one axis: what fp32 makes of the products of keys alone is then about 1e-5
+        tolerance = 1e-5 if beta < 2 or not spread else 2e-5 if rows <= 32 else 1e-4
         check("gated_delta_product" if n_steps else name, n_steps, chunk_tokens, tolerance, **setting)
 
 
