@@ -24,7 +24,7 @@ import numpy as np
 from jaxmem.algebra import affine
 from jaxmem.recurrences.call import Options, call, repeat_heads
 from jaxmem.recurrences.streams import Streams
-from jaxmem.typing import Array, Float
+from jaxmem.typing import Array, DTypeLike, Float
 
 Outputs = tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]
 
@@ -83,12 +83,12 @@ def retention(
     **options: Unpack[Options],
 ) -> Outputs:
     """RetNet: `simple_gla` with `retention_decays`."""
-    return simple_gla(q, k, v, retention_decays(v.shape[2]), state, **options)
+    return simple_gla(q, k, v, retention_decays(v.shape[2], jnp.promote_types(v.dtype, jnp.float32)), state, **options)
 
 
-def retention_decays(n_heads: int) -> Float[Array, "H"]:
+def retention_decays(n_heads: int, dtype: DTypeLike = jnp.float32) -> Float[Array, "H"]:
     """Log-decays log(1 - 2^{-5-h}) of heads h = 0 ... H-1."""
-    return jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(n_heads)))), jnp.float32)
+    return jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(n_heads)))), dtype)
 
 
 def lightning_attention(
