@@ -44,7 +44,7 @@ def require_padding_behind(what: str, segment_ids: Array) -> None:
         )
 
 
-def in_int32(what: str, segment_ids: Array) -> Int[Array, "B T"]:
+def in_int32(what: str, segment_ids: Array | np.ndarray) -> Int[Array, "B T"]:
     """The ids as int32. Raises ValueError for ids above that, which are negative under jit and so `misplaced`.
 
     >>> in_int32("mixer", np.array([[1, 2, 0]], np.int64)).dtype
@@ -52,14 +52,14 @@ def in_int32(what: str, segment_ids: Array) -> Int[Array, "B T"]:
     """
     largest = jnp.iinfo(jnp.int32).max
     if jnp.iinfo(segment_ids.dtype).max <= largest:
-        return segment_ids.astype(jnp.int32)
+        return jnp.asarray(segment_ids, jnp.int32)
     ids = known(segment_ids)
     if ids is not None and ids.size and ids.max() > largest:
         raise ValueError(
             f"{what}: needs segment_ids of at most {largest}, which int32 holds, got {ids.max()}; number the documents anew"
         )
     where = jnp.where if ids is None else np.where
-    return where((segment_ids < 0) | (segment_ids > largest), -1, segment_ids).astype(jnp.int32)
+    return jnp.asarray(where((segment_ids < 0) | (segment_ids > largest), -1, segment_ids), jnp.int32)
 
 
 def read_documents(what: str, segment_ids: Array, shape: tuple[int, int]) -> tuple[Documents, Bool[Array, "B"]]:
