@@ -77,7 +77,7 @@ def read_documents(what: str, segment_ids: Array, shape: tuple[int, int]) -> tup
     return Documents(jnp.pad(changes, [(0, 0), (1, 0)])[:, : shape[1]], real), misplaced(segment_ids)
 
 
-def known(x: Array) -> np.ndarray | None:
+def known(x: Array | np.ndarray) -> np.ndarray | None:
     """The values of an array that is neither traced nor spread over other processes."""
     if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None
