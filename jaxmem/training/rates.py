@@ -84,6 +84,8 @@ def describe(after: OptimizerConfig, steps: int, before: OptimizerConfig, until_
     if not jumps or after.on_new_steps == "continue":
         return said
     choice = continued(dataclasses.replace(after, on_new_steps="continue"), steps, before, until_now, step)
+    if choice.continued is None:  # in warm-up nothing is reached
+        return said
     goes_on_at = rate_of(choice, steps, step)
     where = "the rate reached" if _same(goes_on_at, last) else f"{goes_on_at:.3g}"
     said += f"; --optimizer.on-new-steps continue goes on from {where} instead, {_ahead(choice, steps, step)}"
