@@ -1,6 +1,7 @@
 """Pieces of JSON strings are found without parsing their lines; what is not text is known by its content."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -102,7 +103,7 @@ def _zip():
 
 def _sqlite(folder):
     path = folder / "x.sqlite"
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("create table t (a text)")
     raw = path.read_bytes()
     path.unlink()
