@@ -22,7 +22,7 @@ def config() -> TrainConfig:
         model=preset("quickstart"),
         data=DataConfig(
             train=(f"{library}/**/*.py",),
-            exclude=("site-packages/", "dist-packages/", "test/", "tests/", "idlelib/", "lib2to3/"),
+            exclude=("site-packages/", "dist-packages/", "test/", "tests/", "idlelib/", "lib2to3/", "encodings/"),
             heldout_fraction=0.01,
             context_tokens=512,
             batch_size=8,

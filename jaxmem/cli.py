@@ -164,6 +164,8 @@ def train(
 
     if out is not None and not out.strip():
         raise ValueError("train: needs the name of a folder for --out, got an empty one; name one, or leave --out away")
+    if out is not None and not _is_text(out):
+        raise ValueError(f"train: needs a name of UTF-8 for --out, got {out!a}; name another folder")
     if os.environ.get(TRACEBACK) != "1":
         _quieten_failed_saves()
     loop.train(
@@ -175,6 +177,14 @@ def train(
         command=_without_resume(sys.argv[1:]),
     )
     return 0
+
+
+def _is_text(word: str) -> bool:
+    """Bytes of a command line that are no UTF-8 come as lone surrogates, which orbax cannot write."""
+    try:
+        return bool(word.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _without_resume(argv: list[str]) -> str:
@@ -324,8 +334,8 @@ def info(model: str, /, context: Count = 2048) -> int:
 
 
 def kernels(
-    tpu: tuple[str, ...] = (),
-    gpu: tuple[str, ...] = (),
+    tpu: tuple[str, ...] | None = None,
+    gpu: tuple[str, ...] | None = None,
     tokens: Count = 8192,
     heads: Count = 8,
     width: Count = 128,
@@ -344,6 +354,9 @@ def kernels(
     """
     from jaxmem.planning.steps import Steps
 
+    for name, given in (("tpu", tpu), ("gpu", gpu)):
+        if given == ():
+            raise ValueError(f"kernels: needs names behind --{name}, got none; `jaxmem kernels --help` lists them")
     with Steps() as steps:
         if gpu:
             from jaxmem.planning import gpu_report
@@ -367,8 +380,8 @@ def table(
     rows: Count | None = None,
     width: Count | None = None,
     input_width: Count | None = None,
-    dtype: str = "float32",
-    seed: Seed = 0,
+    dtype: str | None = None,
+    seed: Seed | None = None,
     moments: bool = False,
 ) -> int:
     """A table of memory rows on disk: what is in it, a new one, or more rows; nothing of these reads or writes a row.
@@ -379,8 +392,8 @@ def table(
         rows: To create, or to have after growing.
         width: Of a value, to create.
         input_width: Of an expert's input vector, to create; there are none if not given.
-        dtype: Of values and inputs, to create: float32, bfloat16 or float16.
-        seed: Of the normal numbers that new rows are.
+        dtype: Of values and inputs, to create: float32 (if not given), bfloat16 or float16.
+        seed: Of the normal numbers that new rows are, to create; 0 if not given.
         moments: Create the moments of lazy Adam too, values_mu and values_nu.
     """
     from jaxmem.checkpoints.table_store import RowArray, TableStore
@@ -388,10 +401,16 @@ def table(
     if action != "info" and (rows is None or (action == "create" and width is None)):
         needed = "--rows" if action == "grow" else "--rows and --width"
         raise ValueError(f"table {action}: needs {needed}, got rows={rows}, width={width}; give them")
+    to_create = {"width": width, "input-width": input_width, "dtype": dtype, "seed": seed, "moments": moments}
+    given = (
+        {} if action == "create" else {name: value for name, value in to_create.items() if value not in (None, False)}
+    )
+    if unused := [*given] + ["rows"] * (action == "info" and rows is not None):
+        raise ValueError(f"table {action}: needs no --{unused[0]}, got it; leave it out")
     if action == "create":
         widths = {"values": width} | ({} if input_width is None else {"inputs": input_width})
-        drawn = lambda n, seed: RowArray(n, dtype, stddev=max(n, 1) ** -0.5, seed=seed)
-        arrays = {name: drawn(n, seed + i) for i, (name, n) in enumerate(widths.items())}
+        drawn = lambda n, seed: RowArray(n, dtype or "float32", stddev=max(n, 1) ** -0.5, seed=seed)
+        arrays = {name: drawn(n, (seed or 0) + i) for i, (name, n) in enumerate(widths.items())}
         if moments:
             arrays |= {f"{name}_{moment}": RowArray(n) for name, n in widths.items() for moment in ("mu", "nu")}
         TableStore.create(directory, rows, arrays)

@@ -45,11 +45,11 @@ TINY = Path(__file__).parent / "training" / "tiny.py"
 D = 16
 
 MODULES = (
-    "checkpoints config layers.attention layers.fast_weight_memory layers.gated_delta_net layers.griffin layers.hgrn "
-    "layers.kimi_delta_attention layers.linear_attention layers.mamba layers.memory layers.mixture_of_memories "
-    "layers.product_keys layers.rwkv7 layers.short_convolution layers.state_space layers.tucker_keys layers.word_experts "
-    "models.decoder models.presets models.sampling planning.tpu sharding sharding.attention training.data "
-    "training.optimizer"
+    "checkpoints config layers.attention layers.cross_entropy layers.embedding layers.fast_weight_memory "
+    "layers.gated_delta_net layers.griffin layers.hgrn layers.kimi_delta_attention layers.linear_attention "
+    "layers.mamba layers.memory layers.mixture_of_memories layers.product_keys layers.rwkv7 layers.short_convolution "
+    "layers.state_space layers.tucker_keys layers.word_experts models.decoder models.presets models.sampling "
+    "models.tokenizer planning.tpu sharding sharding.attention training.data training.optimizer"
 )
 """Of jaxmem, whose names expressions use."""
 
@@ -264,6 +264,9 @@ table list empty
 table info
 table info nowhere
 table info empty
+table info empty --rows 5
+table info empty --seed 1
+table grow empty --rows 9 --dtype float16
 table create new
 table create new --rows 9
 table create new --rows 0 --width 4
@@ -277,6 +280,8 @@ kernels --tokens -1
 kernels --tpu v99
 kernels --tpu v5p-100
 kernels --gpu sm_10
+kernels --gpu
+kernels --tpu --tokens 64
 plan
 plan tiny --tpu v5p
 plan tiny.py
@@ -321,6 +326,7 @@ EXPERIMENTS = [
     ("a package that is not there", "import nothing_of_the_kind"),
     ("a name that jaxmem does not have", "from jaxmem.layers.attention import AttentionsConfig"),
     ("an exception", "raise KeyError('width')"),
+    ("a config that takes something", "def config(width):\n    return width"),
     ("an exception in config()", "def config():\n    return {}['width']"),
     ("an exception deeper", "def half(n):\n    return n // 0\ndef config():\n    return half(3)"),
     ("sys.exit()", "import sys\nsys.exit(3)"),
@@ -447,6 +453,9 @@ RUNS = [
     ("config.json is of no class", lambda: _write(f"{_run('r4')}/config.json", '{"steps": 3}'), "generate r4"),
     ("a resume with steps='NaN' in config.json", lambda: _config(_lines(_run("r5")), steps="NaN"),
      "train tiny.py --out r5 --resume"),
+    ("steps='NaN' in config.json", lambda: _config(_run("r5g"), steps="NaN"), "generate r5g --max-tokens 1"),
+    ("metrics.jsonl with a step twice", lambda: _metrics(_run("r40"), 1, 1), "train tiny.py --out r40 --resume"),
+    ("metrics.jsonl with a step below 0", lambda: _metrics(_run("r41"), -1), "train tiny.py --out r41 --resume"),
     ("config.json of a class that is not there", lambda: _config(_run("r6"), type="own.Config"), "generate r6"),
     ("config.json is gone", lambda: (_run("r7") / "config.json").unlink(), "generate r7"),
     ("config.json is binary", lambda: _write(f"{_run('r8')}/config.json", b"\xff\xfe\x00"), "generate r8"),
@@ -484,7 +493,12 @@ def _vocabulary(run: Path) -> None:
 
 
 def _lines(run: Path) -> Path:
-    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 5.0}\n')
+    return _metrics(run, 1)
+
+
+def _metrics(run: Path, *steps: int) -> Path:
+    lines = [json.dumps({"kind": "train", "step": step, "loss": 5.0}) for step in steps]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, ""]))
     return run
 
 
@@ -530,6 +544,12 @@ make(MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 4, 4)))(x, ids)
 make(MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 4, 4)))(x, segment_ids=left_padded)
 make(MambaConfig(2 * D, 4))(x[0])
 make(GriffinConfig(2, 4))(x, make(GriffinConfig(2, 4)).init_state(5))
+Embedding(9, D, rngs=nnx.Rngs(0))(1.0 * ids)
+Embedding(9, D, rngs=nnx.Rngs(0))(9 * ids)
+ByteTokenizer().decode([300])
+ByteTokenizer().encode(None)
+chunked_cross_entropy(x, jnp.ones((9, D)), 9 * ids, 1.0 * ids)
+chunked_cross_entropy(x, jnp.ones((9, D)), ids, -1.0 * ids)
 """
 """Layers of D = 16 channels; x is [2, 8, D], ids [2, 8] of ones."""
 

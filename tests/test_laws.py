@@ -101,9 +101,9 @@ MESHES = {
 VARIANTS = [name for name in MIXERS if name not in QUICK]
 
 
-def rows(names):
-    """Names as parameters; variants of a family are among the slow proofs."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in names]
+def rows(names, *more):
+    """Names as parameters; variants of a family are among the slow proofs, with more marks if given."""
+    return [pytest.param(name, marks=(pytest.mark.slow, *more) if name in VARIANTS else ()) for name in names]
 
 
 every_mixer = pytest.mark.parametrize("name", rows(MIXERS))
@@ -269,9 +269,10 @@ def at_front(a, start, stop=T):
     return np.pad(a[:, start:stop], [(0, 0), (0, T - stop + start)] + [(0, 0)] * (a.ndim - 2))
 
 
-@every_mixer
+@pytest.mark.parametrize("name", rows(MIXERS, pytest.mark.full))
 @every_documents
 def test_split_is_whole(name, ids):
+    """With gradients through the pieces."""
     mixer = sample(name)
     assert_close(mixer(in_pieces, ids=ids), mixer(ids=ids))
 
@@ -409,7 +410,7 @@ def test_rows_of_padding_leave_the_state_as_it_was(name, call):
     assert_equal((got.state, got.d_state), (mixer.state, mixer.weight[1]))
 
 
-@every_mixer
+@pytest.mark.parametrize("name", rows(MIXERS, pytest.mark.full))
 def test_tokens_continue_after_padding(name):
     """Padding behind every piece, against the same tokens side by side."""
     mixer = sample(name)

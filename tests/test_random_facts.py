@@ -29,6 +29,7 @@ def test_bits_of_models_that_know_all_half_and_nothing(experiment):
     assert of(8.0) == pytest.approx(0, abs=1e-4) and of(9.0) == 0
 
 
+@pytest.mark.slow
 def test_models_cost_the_same_and_read_as_many_parameters(experiment):
     memory, dense = (account(experiment.models()[name], 2) for name in ("memory", "feed-forward"))
     assert dense.forward_flops == pytest.approx(memory.forward_flops, rel=0.02)

@@ -1,7 +1,6 @@
 """`jax_enable_x64`: float32 in, float32 out, whatever the flag, for every mixer of the laws; integers stay int32.
 
-Tracing alone finds what raises and what is widened, so that is asked of all of them; values are compared for a few, and for
-the rest among the slow proofs.
+Tracing alone finds what raises and what is widened; values are compared besides. Variants are among the slow proofs.
 """
 
 import jax
@@ -17,6 +16,8 @@ from jaxmem.models.sampling import SamplingConfig
 from jaxmem.models.sampling import sample as draw
 from jaxmem.training.evaluation import make_eval_step
 from jaxmem.training.step import Shifted, init_state, make_train_step
+
+FULL = (pytest.mark.slow, pytest.mark.full)
 
 
 def traced(config, dtype=jnp.float32):
@@ -35,7 +36,7 @@ def types(tree):
     return {jax.tree_util.keystr(path): (leaf.shape, str(leaf.dtype)) for path, leaf in paths}
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@every_mixer
 def test_types_do_not_depend_on_the_flag(name):
     want = types(traced(MIXERS[name][0]))
     with jax.enable_x64(True):
@@ -60,7 +61,7 @@ def test_steps_of_training_do_not_depend_on_the_flag(tiny):
         assert step() == want
 
 
-@every_mixer
+@pytest.mark.parametrize("name", ["delta", *(pytest.param(n, marks=FULL) for n in MIXERS if n != "delta")])
 def test_values_do_not_depend_on_the_flag(name):
     mixer = sample(name)
     want = mixer(ids=CONTINUED)

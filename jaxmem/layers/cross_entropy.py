@@ -67,7 +67,7 @@ def chunked_cross_entropy(
       chunk_tokens: tokens per device whose logits are alive at once.
 
     Raises: ValueError for vocab_size outside 1..Vocab, chunk_tokens < 1, and, where values are known, for targets that are no
-      tokens.
+      tokens and weights below 0.
 
     Reference (z_loss): Chowdhery et al. 2022, PaLM, arXiv:2204.02311, section 5.
 
@@ -122,6 +122,10 @@ def _require_tokens(x: Array, targets: Array, n_tokens: int, weights: Array | No
     known_targets, counted = known(targets), None if weights is None else known(weights)
     if known_targets is None or (weights is not None and counted is None):
         return
+    if counted is not None and np.any(counted < 0):
+        raise ValueError(
+            f"cross-entropy: needs weights >= 0, got {counted.min():.3g}; give tokens that do not count a weight of 0"
+        )
     wrong = (known_targets < 0) | (known_targets >= n_tokens)
     if counted is not None:
         wrong &= counted != 0

@@ -50,9 +50,11 @@ class Embedding(nnx.Module):
     def __call__(self, ids: Int[Array, "B T"], dtype: DTypeLike = jnp.float32) -> Float[Array, "B T D"]:
         """The rows of `ids` in `dtype`.
 
-        Raises: ValueError for an id outside 0 .. vocab_size - 1 if the ids are concrete. Under jit, where the ids are not
-        known, such an id gives NaN.
+        Raises: ValueError for ids that are no integers, and for one outside 0 .. vocab_size - 1 if they are concrete.
+        Under jit, where the ids are not known, such an id gives NaN.
         """
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"embedding: needs integers as token ids, got {ids.dtype}; encode the text first")
         if not isinstance(ids, jax.core.Tracer) and ids.size:
             numbers = np.asarray(ids)  # in NumPy, which sees them while jit is tracing too
             low, high = int(numbers.min()), int(numbers.max())

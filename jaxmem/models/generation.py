@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.fields import Count, Seed, check
 from jaxmem.models.decoder import Decoder
 from jaxmem.models.sampling import SamplingConfig, sample
 from jaxmem.models.tokenizer import Tokenizer
@@ -112,7 +113,10 @@ def generate(
     >>> len(list(tokens)), tokens.statistics.prompt_tokens
     (3, 1)
     """
-    prompt = _checked_prompt(prompt_ids, max_tokens, model.config.vocab_size)
+    max_tokens = check("generate", "max_tokens", max_tokens, Count)
+    capacity = check("generate", "capacity", capacity, Count | None)
+    seed = check("generate", "seed", seed, Seed)
+    prompt = _checked_prompt(prompt_ids, model.config.vocab_size)
     allowed = _checked_allowed(allowed, model.config.vocab_size)
     on_mesh = _with_whole_batch()
     capacity = on_mesh(_checked_capacity, model, prompt.size, max_tokens, capacity)
@@ -254,9 +258,7 @@ def _with_whole_batch() -> Callable[..., PyTree]:
     return call
 
 
-def _checked_prompt(prompt_ids: Sequence[int], max_tokens: int, vocab_size: int) -> Int[np.ndarray, "T"]:
-    if max_tokens < 1:
-        raise ValueError(f"generate: needs max_tokens >= 1, got max_tokens={max_tokens}; ask for at least one")
+def _checked_prompt(prompt_ids: Sequence[int], vocab_size: int) -> Int[np.ndarray, "T"]:
     prompt = np.asarray(prompt_ids)
     if prompt.ndim != 1 or not prompt.size:
         raise ValueError(

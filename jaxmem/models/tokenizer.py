@@ -6,6 +6,7 @@ same text and bits per byte compare between them.
 
 import codecs
 import errno
+import operator
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
@@ -46,7 +47,10 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[SupportsIndex]) -> bytes:
-        """The text of some tokens; special tokens say nothing. It may end inside a character: see `stream`."""
+        """The text of some tokens; special tokens say nothing. It may end inside a character: see `stream`.
+
+        Raises: ValueError for an id that is no token's.
+        """
         ...
 
     def stream(self, ids: Iterable[SupportsIndex], after: Iterable[SupportsIndex] = ()) -> Iterator[str]:
@@ -73,7 +77,20 @@ def replace_undecodable(raw: bytes) -> bytes:
 
 def _as_bytes(text: bytes | str) -> bytes:
     """Valid UTF-8 of either kind of text; a lone surrogate in a str is as undecodable as a stray byte."""
+    if not isinstance(text, bytes | str):
+        raise ValueError(f"tokenizer: needs text, str or bytes, got {text!r}; give some, or '' for none")
     return replace_undecodable(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+
+
+def _known_ids(tokenizer: Tokenizer, ids: Iterable[SupportsIndex]) -> list[int]:
+    """The ids as integers, if they are the tokenizer's."""
+    ids = [operator.index(token) for token in ids]
+    if unknown := [token for token in ids if not 0 <= token < tokenizer.vocab_size]:
+        raise ValueError(
+            f"tokenizer: needs token ids in 0..{tokenizer.vocab_size - 1}, got {unknown[0]}; "
+            "decode with the tokenizer that made them"
+        )
+    return ids
 
 
 class ByteTokenizer:
@@ -102,7 +119,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[SupportsIndex]) -> bytes:
         """The bytes themselves, BOS left out; not valid UTF-8 if the tokens are not."""
-        return bytes(int(token) for token in ids if token != self.bos_id)
+        return bytes(token for token in _known_ids(self, ids) if token != self.bos_id)
 
     def stream(self, ids: Iterable[SupportsIndex], after: Iterable[SupportsIndex] = ()) -> Iterator[str]:
         """Whole characters as soon as their last byte is there; U+FFFD for bytes that are no UTF-8."""
@@ -198,7 +215,7 @@ class FileTokenizer:
 
     def decode(self, ids: Iterable[SupportsIndex]) -> bytes:
         """UTF-8 text; a character of which only some bytes are among the tokens comes out as U+FFFD."""
-        ids = [int(token) for token in ids if token != self.bos_id]
+        ids = [token for token in _known_ids(self, ids) if token != self.bos_id]
         return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
 
     def stream(self, ids: Iterable[SupportsIndex], after: Iterable[SupportsIndex] = ()) -> Iterator[str]:

@@ -69,6 +69,9 @@ def full_name(topology: str) -> str:
     dims = [int(size) if size.isdecimal() else 0 for size in sizes.split("x")]
     if generation in GENERATIONS and all(dims) and len(dims) == len(GENERATIONS[generation].split(":")[1].split("x")):
         return name
+    clouds = topology.replace("v5e-", "v5litepod-")
+    if clouds in SLICES:
+        return SLICES[clouds]
     near = difflib.get_close_matches(topology, [*GENERATIONS, *SLICES, *SLICES.values()], 3, cutoff=0.6)
     raise ValueError(
         f"tpu topology: needs one of {', '.join(GENERATIONS)}, such a name with sizes, e.g. v5p:4x4x4 or v6e:4x8, or that of "

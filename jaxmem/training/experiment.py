@@ -8,8 +8,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from jaxmem.arguments import nearest
 from jaxmem.checkpoints import CheckpointConfig
@@ -74,22 +75,11 @@ def load_experiment(path: str | Path) -> TrainConfig:
         raise ValueError(
             f"experiment: needs a Python file, got {str(path)!r}; name one, e.g. experiments/quickstart.py"
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"experiment: needs a file that ends in .py, got {str(path)!r}; rename it")
-    module = importlib.util.module_from_spec(spec)
-    is_new = sys.modules.setdefault(path.stem, module) is module
-    try:
-        with found_beside(path):
-            spec.loader.exec_module(module)
-            config = getattr(module, "config", None)
-            made = config() if inspect.isroutine(config) else config
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        if is_new:
-            del sys.modules[path.stem]
-        raise ValueError(explained(error, path)) from error
+    with running(path) as module:
+        config = getattr(module, "config", None)
+        if inspect.isfunction(config):
+            _require_no_arguments(config)
+        made = config() if inspect.isroutine(config) else config
     if not isinstance(made, TrainConfig) or made is config:
         got = (
             "none" if config is None else f"{shown(made)} {'from it' if inspect.isroutine(config) else 'of that name'}"
@@ -101,9 +91,43 @@ def load_experiment(path: str | Path) -> TrainConfig:
     return made
 
 
+def _require_no_arguments(config: Callable[..., object]) -> None:
+    signature = inspect.signature(config)
+    try:
+        signature.bind()
+    except TypeError:
+        raise ValueError(
+            f"config: needs no arguments, got config{signature} in line {config.__code__.co_firstlineno}; "
+            "give them defaults or leave them out"
+        ) from None
+
+
+@contextlib.contextmanager
+def running(path: Path) -> Iterator[ModuleType]:
+    """A Python file, run as a module that finds what lies beside it.
+
+    Raises: ValueError for whatever the file, or what is done with its module, raises, with the line.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"experiment: needs a file that ends in .py, got {str(path)!r}; rename it")
+    module = importlib.util.module_from_spec(spec)
+    is_new = sys.modules.setdefault(path.stem, module) is module
+    try:
+        with found_beside(path):
+            spec.loader.exec_module(module)
+            yield module
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if is_new:
+            del sys.modules[path.stem]
+        raise ValueError(explained(error, path)) from error
+
+
 @contextlib.contextmanager
 def found_beside(path: Path) -> Iterator[None]:
-    """Modules in the folder of a file can be imported, as when Python is started with that file."""
+    """Modules in the folder of a file can be imported, unless installed ones have their names."""
     folder = str(path.resolve().parent)
     sys.path.append(folder)
     try:

@@ -128,6 +128,8 @@ def train(
             progress = stack.enter_context(Progress(config.steps, first, console, on_closed=stop.close_output))
             for line in (*run.reports(), *filter(None, notes)):
                 progress.say(line)
+            if first < config.steps:
+                progress.say("compiling the training step, which may take a minute")
             try:
                 state, evaluation, stopped = run.steps(state, batches, store, stop, metrics, progress)
             except NotFinite as error:
@@ -218,7 +220,8 @@ class _Run:
             notes.append(f"set aside, and not deleted: the checkpoints of steps {later}")
         notes += notes_on_config(self.run_dir, restored.run_config, self.config)
         state = TrainState(**restored.tree) if self.tables is None else self.tables.restore(restored.tree, abstract)
-        notes.append(f"resumed from the checkpoint of step {restored.step}")
+        is_done = ", the last: no step is left, the report is made again" if restored.step == self.config.steps else ""
+        notes.append(f"resumed from the checkpoint of step {restored.step}{is_done}")
         config, of_rates = rates.resumed(self.config, restored.run_config, restored.step)
         if config != self.config:
             self.config, self.train_step = config, self._compiled_step(config)

@@ -165,11 +165,12 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder has no metrics.jsonl.
-        ValueError: a line, other than a last one that does not end, is no JSON object with a kind and a step.
+        ValueError: a line, other than a last one that does not end, is no JSON object with a kind and a step,
+            or has a step that is not above that of the line of its kind before it.
     """
     path = Path(run_dir) / METRICS_FILE
     lines = path.read_bytes().splitlines(keepends=True)
-    records = []
+    records, last_step = [], {}
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -182,6 +183,13 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 f"metrics: needs a JSON object with kind and step on every line, got line={number} of {path} without; "
                 "repair or remove that line"
             )
+        kind, step = record["kind"], record["step"]
+        if step <= (before := last_step.get(kind, -1)):
+            raise ValueError(
+                f"metrics: needs steps from 0 that rise among the lines of a kind, got line={number} of {path} with {kind} "
+                f"step={step}{f' after {before}' if before >= 0 else ''}; repair or remove that line"
+            )
+        last_step[kind] = step
         records.append(_with_non_finite(record))
     return records
 

@@ -4,8 +4,7 @@ A run keeps the files that define them in RUN/code, under the names by which its
 by itself, since a run's folder may come from anywhere: who trusts it passes a file of it to `--import`.
 """
 
-import importlib
-import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxmem.config import UnknownClass, from_json
-from jaxmem.training.experiment import TrainConfig, explained, found_beside
+from jaxmem.training.experiment import TrainConfig, running
 from jaxmem.training.metrics import explain_failed_write, replace_file
 
 CODE = "code"
@@ -97,21 +96,10 @@ def import_file(path: str | Path) -> ModuleType:
     if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"import: needs a Python file, got {str(path)!r}; name one that ends in .py")
     loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path.resolve()):
+    if loaded is not None and getattr(loaded, "__file__", None) == os.path.abspath(path):
         return loaded
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-    module = importlib.util.module_from_spec(spec)
-    is_new = sys.modules.setdefault(path.stem, module) is module
-    try:
-        with found_beside(path):
-            spec.loader.exec_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        if is_new:
-            del sys.modules[path.stem]
-        raise ValueError(explained(error, path)) from error
-    return module
+    with running(path) as module:
+        return module
 
 
 def _types(config: Any) -> Iterator[str]:

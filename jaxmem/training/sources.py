@@ -61,7 +61,9 @@ class DataReport:
             self.examples.append(f"{name}: {_words(reason)}")
 
     def __str__(self) -> str:
-        line = f"{self.documents:,} documents in {self.files:,} files, {self.bytes:,} bytes in {self.pieces:,} pieces"
+        n_of = lambda count, what: f"{count:,} {what if count == 1 else f'{what}s'}"
+        line = f"{n_of(self.documents, 'document')} in {n_of(self.files, 'file')}, "
+        line += f"{n_of(self.bytes, 'byte')} in {n_of(self.pieces, 'piece')}"
         for count, what in (
             (self.empty, "empty"),
             (self.undecodable_bytes, "undecodable bytes"),

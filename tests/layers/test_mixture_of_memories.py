@@ -181,7 +181,9 @@ class LinearRetNet(RetNetConfig):
 SIDE_BY_SIDE = {"griffin": INSIDE["griffin"], "retnet": LinearRetNet(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8)}
 
 
-@pytest.mark.parametrize("inner", SIDE_BY_SIDE.values(), ids=SIDE_BY_SIDE)
+@pytest.mark.parametrize(
+    "inner", [pytest.param(c, id=n, marks=() if n == "griffin" else pytest.mark.slow) for n, c in SIDE_BY_SIDE.items()]
+)
 def test_memories_see_their_tokens_as_if_side_by_side(inner):
     """Also in what goes by position or by the first token: each document's tokens of each memory, handed to the recurrence
     alone, give what the mixture gives; whole, and in pieces with a state between, one of them a single token."""

@@ -78,6 +78,7 @@ def test_one_size_is_one(name):
             sizes_of_one(MIXERS[name][0], [path])
 
 
+@pytest.mark.slow
 def test_one_householder_step_is_the_gated_delta_rule():
     """In values, with one head, one key and one value channel too."""
     x = np.random.default_rng(0).normal(size=(2, 11, D)).astype(np.float32)

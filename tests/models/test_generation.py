@@ -188,11 +188,25 @@ def test_a_cache_below_prompt_and_text_is_refused_where_something_grows():
         ({"prompt_ids": [1.7, 2]}, r"integers as token ids, got prompt_ids of dtype float64; encode"),
         ({"prompt_ids": [2**32 + 1]}, r"token ids in 0\.\.299, got prompt_ids=4294967297\.\.4294967297; use"),
         ({"prompt_ids": [1, VOCAB]}, r"token ids in 0\.\.299, got prompt_ids=1\.\.300; use the tokenizer"),
-        ({"max_tokens": 0}, "max_tokens >= 1, got max_tokens=0; ask"),
+        ({"max_tokens": 0}, "max_tokens to be an integer >= 1, got max_tokens=0; "),
+        ({"max_tokens": 1.5}, "max_tokens to be an integer >= 1, got max_tokens=1.5; "),
+        ({"capacity": "9"}, "capacity to be an integer >= 1 or None, got capacity='9'; "),
+        ({"seed": -1}, "seed to be an integer .*, got seed=-1; "),
         ({"allowed": np.zeros(VOCAB, bool)}, r"one or more of 300 tokens .* \(300,\) with 0 True; pass one bool"),
         ({"allowed": np.ones(VOCAB + 1, bool)}, r"one or more of 300 tokens .* \(301,\) with 301 True; pass one bool"),
     ],
-    ids=["empty", "no-integers", "wide-id", "unknown-id", "no-tokens", "nothing-allowed", "other-vocabulary"],
+    ids=[
+        "empty",
+        "no-integers",
+        "wide-id",
+        "unknown-id",
+        "no-tokens",
+        "half-tokens",
+        "text",
+        "no-seed",
+        "nothing-allowed",
+        "other-vocabulary",
+    ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_errors_say_what_to_do(arguments, text):

@@ -73,7 +73,7 @@ def folder(tmp_path, monkeypatch):
         ),
         (
             "def config(size): return base()",
-            "needs a file that runs without an error, got TypeError: config() missing 1 requ",
+            "config: needs no arguments, got config(size) in line 5; give them defaults or leave them out",
         ),
         (
             "",

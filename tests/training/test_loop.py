@@ -107,7 +107,7 @@ def test_the_model_of_any_checkpoint_can_be_loaded(whole, config):
 # Resuming
 
 
-@pytest.mark.parametrize("step", [0, *SAVED])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), *SAVED])
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(step, config, whole, killed_after, compare, capsys):
     run_dir = killed_after(step)
     assert train(config, run_dir, resume=True) == Outcome(8, stopped=False)

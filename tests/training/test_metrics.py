@@ -181,6 +181,15 @@ def test_a_line_of_another_kind_is_named_with_its_file(line, place, run_dir):
         read_metrics(run_dir)
 
 
+@pytest.mark.parametrize("line, got", [(b'"step": -1', "train step=-1;"), (b'"step": 2', "train step=2 after 2;")])
+def test_a_step_that_does_not_rise_is_named(line, got, run_dir):
+    write_steps(run_dir, 1, 2)
+    path = run_dir / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"kind": "train", ' + line + b"}\n")
+    with pytest.raises(ValueError, match=f"steps from 0 that rise .* got line=4 of {path} with {got} repair or remove"):
+        read_metrics(run_dir)
+
+
 def test_a_text_that_reads_like_a_number_stays_a_text(run_dir):
     texts = ["NaN", "Infinity", "-Infinity", "\\NaN", "\\\\-Infinity", "nan", "-NaN", "NaN "]
     numbers = [math.inf, -math.inf, 1.5]

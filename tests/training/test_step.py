@@ -33,12 +33,14 @@ EVERY_MIXER = (
     MixtureOfMemoriesConfig(GatedDeltaNetConfig(2, 8, 8, chunk_tokens=8)),
 )
 MIXTURE = EVERY_MIXER[-1:]
+SLOW, FULL = pytest.mark.slow, (pytest.mark.slow, pytest.mark.full)
 PRODUCT = MeshConfig(data=2, fsdp=2, model=2)
 SPLIT = MeshConfig(data=1, fsdp=2, seq=2, model=2)
 BALANCED = MeshConfig(data=1, fsdp=2, seq=4, layout="zigzag", parameters=("fsdp", "seq"))
 """For models of attention alone; SPLIT is for all."""
+DATA = MeshConfig(data=8)
 MESHES = (
-    MeshConfig(data=8),
+    DATA,
     MeshConfig(data=1, fsdp=8),
     MeshConfig(data=4, model=2),
     PRODUCT,
@@ -159,19 +161,16 @@ def collectives(program) -> Counter:
     return Counter(re.findall(names, program.as_text()))
 
 
-@pytest.mark.parametrize(
-    "kind, config",
-    [
-        pytest.param(
-            kind,
-            mesh,
-            id=f"{kind}-{mesh}",
-            marks=() if (kind, mesh) == ("muon", PRODUCT) else pytest.mark.slow,
-        )
-        for kind in OPTIMIZERS
-        for mesh in (*MESHES, BALANCED if kind == "muon" else SPLIT)
-    ],
-)
+def kinds_and_meshes():
+    """One in every session; each kind on one more, and where exchanges are counted, in `.ci/run`; the others are full."""
+    marks = {("muon", PRODUCT): (), ("muon", BALANCED): SLOW, ("adamw", SPLIT): SLOW}
+    marks |= {("adamw", DATA): SLOW, ("stacked", MESHES[1]): SLOW}
+    for kind in OPTIMIZERS:
+        for mesh in (*MESHES, BALANCED if kind == "muon" else SPLIT):
+            yield pytest.param(kind, mesh, id=f"{kind}-{mesh}", marks=marks.get((kind, mesh), FULL))
+
+
+@pytest.mark.parametrize("kind, config", list(kinds_and_meshes()))
 def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
     mesh, experiment = make_mesh(config), of_optimizer(kind)
     with use_mesh(mesh, rules_of(config)):
@@ -187,7 +186,7 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
     query = (mixer["query"] if "query" in mixer else mixer["projections"]["weight"]["query"])[...]
     n_parts = math.prod(getattr(config, axis) for axis in config.parameters)
     assert query.addressable_shards[0].data.shape[1:] == (16 // n_parts, 2 // config.model, 8)
-    if config == MeshConfig(data=8):
+    if config == DATA:
         found = collectives(program)
         assert found.keys() == {"all-reduce"} and found["all-reduce"] < 10, "only gradients and metrics need others"
 

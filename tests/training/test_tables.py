@@ -62,7 +62,8 @@ def run(config, n_steps=2):
 GROUPS = {"adam": {}, "decay": {"weight_decay": 0.5}, "clipped": {"clip_norm": 1e-3}}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "decay" else pytest.mark.slow) for n in GROUPS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROUPS)
 def test_lazy_is_dense_where_all_rows_are_read(name):
     (lazy, told), (dense, whole) = (run(experiment(update=u, **GROUPS[name])) for u in ("lazy", "dense"))
     assert_close(lazy.params, dense.params)
@@ -114,10 +115,15 @@ MESHES = {
 MEMORIES = {"product keys": (few(OWN), few(SHARED)), "words": (WordExpertsConfig(n_experts=8, d_expert=4), None)}
 
 
+IN_CI = [("rows", "product keys"), ("rows over model", "words")]
+
+
 @pytest.mark.parametrize(
     "name, memories",
     [
-        pytest.param(name, kind, marks=() if (name, kind) == ("rows", "product keys") else pytest.mark.slow)
+        pytest.param(
+            name, kind, marks=pytest.mark.slow if (name, kind) in IN_CI else (pytest.mark.slow, pytest.mark.full)
+        )
         for name in MESHES
         for kind in MEMORIES
         if kind == "product keys" or name in ("rows", "rows over model")
@@ -136,6 +142,7 @@ def test_sharded_equals_unsharded(name, memories):
     assert_close(jax.device_get(state), jax.device_get(want))
 
 
+@pytest.mark.slow
 def test_a_step_needs_memory_for_rows_and_not_for_tables():
     """With state donated; dense gradients of the large table alone would take 4 MiB for each of its arrays."""
 
