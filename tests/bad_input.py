@@ -326,7 +326,6 @@ EXPERIMENTS = [
     ("a package that is not there", "import nothing_of_the_kind"),
     ("a name that jaxmem does not have", "from jaxmem.layers.attention import AttentionsConfig"),
     ("an exception", "raise KeyError('width')"),
-    ("a config that takes something", "def config(width):\n    return width"),
     ("an exception in config()", "def config():\n    return {}['width']"),
     ("an exception deeper", "def half(n):\n    return n // 0\ndef config():\n    return half(3)"),
     ("sys.exit()", "import sys\nsys.exit(3)"),
@@ -454,8 +453,6 @@ RUNS = [
     ("a resume with steps='NaN' in config.json", lambda: _config(_lines(_run("r5")), steps="NaN"),
      "train tiny.py --out r5 --resume"),
     ("steps='NaN' in config.json", lambda: _config(_run("r5g"), steps="NaN"), "generate r5g --max-tokens 1"),
-    ("metrics.jsonl with a step twice", lambda: _metrics(_run("r40"), 1, 1), "train tiny.py --out r40 --resume"),
-    ("metrics.jsonl with a step below 0", lambda: _metrics(_run("r41"), -1), "train tiny.py --out r41 --resume"),
     ("config.json of a class that is not there", lambda: _config(_run("r6"), type="own.Config"), "generate r6"),
     ("config.json is gone", lambda: (_run("r7") / "config.json").unlink(), "generate r7"),
     ("config.json is binary", lambda: _write(f"{_run('r8')}/config.json", b"\xff\xfe\x00"), "generate r8"),
@@ -493,12 +490,7 @@ def _vocabulary(run: Path) -> None:
 
 
 def _lines(run: Path) -> Path:
-    return _metrics(run, 1)
-
-
-def _metrics(run: Path, *steps: int) -> Path:
-    lines = [json.dumps({"kind": "train", "step": step, "loss": 5.0}) for step in steps]
-    (run / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 5.0}\n')
     return run
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmem.checkpoints import complete_steps, config_differences, read_run_config
-from jaxmem.config import from_json, to_json
+from jaxmem.config import UnknownClass, from_json, to_json
 from jaxmem.training import rates
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.metrics import METRICS_FILE, read_metrics
@@ -111,6 +111,12 @@ def notes_on_config_file(run_dir: Path, saved: Mapping[str, Any], fate: str) -> 
         found = read_config(run_dir)
     except ValueError as error:
         return [f"{str(error).rpartition('; ')[0]}: {fate}"]
+    try:
+        from_json(dict(found))
+    except UnknownClass:
+        pass
+    except ValueError as error:
+        return [f"{run_dir / CONFIG_FILE}: {str(error).rpartition('; ')[0]}: {fate}"]
     if differences := [
         line for line in config_differences(_complete(saved), _complete(found)) if not _may_change(line)
     ]:

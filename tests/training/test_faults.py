@@ -1,8 +1,8 @@
 """Kills, signals and full disks, on real processes: every run goes on and ends as if nothing had happened.
 
-Slow: each is a process that compiles. The full proof is 20 kills, on steps compiled as for use:
+Slow: each is a process that compiles. The full proof is 60 kills, on steps compiled as for use, and 20 full disks:
 
-    JAXMEM_KILLS=20 pytest -m slow tests/training/test_faults.py -k kill_9 -s
+    JAXMEM_KILLS=60 JAXMEM_FULL_DISKS=20 pytest -m slow tests/training/test_faults.py -k "kill_9 or full_disk" -s
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 TINY = Path(__file__).with_name("tiny.py")
 KILLS = int(os.environ.get("JAXMEM_KILLS", "3"))
+FULL_DISKS = int(os.environ.get("JAXMEM_FULL_DISKS", "2"))
 STEPS = 12 if KILLS <= 3 else 40
 PATIENCE_S = 300
 POLL_S = 0.002
@@ -220,7 +221,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_is_not_disturbed(ru
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(runs, whole, config, compare):
-    """First there is no room for the arrays of a checkpoint, then none for a line of metrics."""
+    """First there is no room for the arrays of a checkpoint, then none for a line of metrics, then by chance."""
     copy_as_of(whole, run_dir := runs.work / "full", STEPS - 4)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     n_metrics = sum(len(line) for line in lines if json.loads(line)["step"] <= STEPS - 4)
@@ -240,5 +241,10 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(runs, whole,
     assert f"checkpoint {STEPS - 4} is intact; make room there or name another directory, and resume" in checkpoint
     metrics = told(n_metrics + 100)
     assert metrics == "jaxmem: run: needs to write to full, got File too large; make room there, and resume"
+    chance = random.Random(0)
+    rooms = sorted(round(100 * (n_arrays / 200) ** chance.random()) for _ in range(FULL_DISKS - 2))
+    for room in rooms:
+        assert "make room there" in (sentence := told(room)), (room, sentence)
+    print(f"\n{2 + len(rooms)} disks were full, at {', '.join(map(str, rooms))} bytes a file by chance")
     runs.finish(run_dir.name)
     compare(config, run_dir, whole)

@@ -181,7 +181,9 @@ def test_a_line_of_another_kind_is_named_with_its_file(line, place, run_dir):
         read_metrics(run_dir)
 
 
-@pytest.mark.parametrize("line, got", [(b'"step": -1', "train step=-1;"), (b'"step": 2', "train step=2 after 2;")])
+@pytest.mark.parametrize(
+    "line, got", [(b'"step": -1', "train step=-1 after 2;"), (b'"step": 2', "train step=2 after 2;")]
+)
 def test_a_step_that_does_not_rise_is_named(line, got, run_dir):
     write_steps(run_dir, 1, 2)
     path = run_dir / "metrics.jsonl"

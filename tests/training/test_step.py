@@ -18,6 +18,7 @@ from jaxmem.layers.attention import AttentionConfig
 from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig, MixtureState, route
 from jaxmem.models.decoder import DecoderConfig
+from jaxmem.planning.replica_groups import is_alone
 from jaxmem.sharding import MeshConfig, current_rules, make_mesh, use_mesh
 from jaxmem.sharding.rules import rules_of
 from jaxmem.training.data import DataConfig
@@ -156,9 +157,10 @@ def assert_placed(state, shardings):
 
 
 def collectives(program) -> Counter:
-    """How often each collective stands in a compiled program."""
+    """How often each collective stands in a compiled program; those of every device with itself do not count."""
     names = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    return Counter(re.findall(names, program.as_text()))
+    text = "\n".join(line for line in program.as_text().splitlines() if not is_alone(line))
+    return Counter(re.findall(names, text))
 
 
 def kinds_and_meshes():
@@ -188,7 +190,7 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, config):
     assert query.addressable_shards[0].data.shape[1:] == (16 // n_parts, 2 // config.model, 8)
     if config == DATA:
         found = collectives(program)
-        assert found.keys() == {"all-reduce"} and found["all-reduce"] < 10, "only gradients and metrics need others"
+        assert found.keys() == {"all-reduce"} and found["all-reduce"] <= 5, "only gradients and metrics need others"
 
 
 def test_a_state_is_born_where_it_belongs():
