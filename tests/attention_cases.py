@@ -71,9 +71,9 @@ def pairwise(options: dict[str, list], possible: Callable[[dict], bool] = possib
 
 
 def params(cases: list[dict], quick: int) -> list:
-    """One in `quick` of them; the others are among the slow proofs."""
+    """One in `quick` of them; the others are among the slow proofs, every second of them full."""
     name = lambda case: "-".join(f"{value}" for value in case.values())
-    mark = lambda i: () if i % quick == 0 else pytest.mark.slow
+    mark = lambda i: () if i % quick == 0 else (pytest.mark.slow, *[pytest.mark.full] * (i % 2))
     return [pytest.param(case, id=name(case), marks=mark(i)) for i, case in enumerate(cases)]
 
 

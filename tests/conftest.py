@@ -32,7 +32,12 @@ jaxtyping.install_import_hook(
 collect_ignore_glob = ["golden/*"]  # scripts that make golden arrays need torch, the tests do not
 
 
+LONG = "processes"
+"""They come first, so that the others of a session need not wait for them at its end, and one after the other."""
 SHARING = {
+    "test_faults.py": LONG,
+    "test_processes.py": LONG,
+    "test_table_checkpoints.py": "tables",
     "test_loop.py": "runs",
     "test_resume.py": "runs",
     "test_generation.py": "generation",
@@ -49,6 +54,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["name"]))
         elif item.path.name in SHARING:
             item.add_marker(pytest.mark.xdist_group(SHARING[item.path.name]))
+    items.sort(key=lambda item: SHARING.get(item.path.name) != LONG)
 
 
 MAPS, STATUS = Path("/proc/self/maps"), Path("/proc/self/status")

@@ -98,6 +98,18 @@ MESHES = {
     "data fsdp model": MeshConfig(data=2, fsdp=2, model=2),
     "fsdp seq model": MeshConfig(data=1, fsdp=2, seq=2, model=2),
 }
+OF_A_KIND = [
+    *QUICK,
+    "window",
+    "kimi",
+    "mamba",
+    "mixture-mamba",
+    "state-space",
+    "linear-state-space",
+    "rwkv7",
+    *IN_ORDER,
+]
+"""Whose state, decay or columns are divided over devices like no other's."""
 VARIANTS = [name for name in MIXERS if name not in QUICK]
 
 
@@ -212,6 +224,13 @@ def names(documents):
     return np.where(documents % 3 == 0, np.where(last == 1, 2, 1), far + 2 * last).astype(np.int32)
 
 
+def with_documents():
+    """Every mixer with every kind of documents; of variants, those that "padded" has too are full."""
+    marks = lambda name, kind: (pytest.mark.slow, *[pytest.mark.full] * (kind != "padded")) if name in VARIANTS else ()
+    both = itertools.product(MIXERS, DOCUMENTS.items())
+    return [pytest.param(name, ids, id=f"{kind}-{name}", marks=marks(name, kind)) for name, (kind, ids) in both]
+
+
 every_documents = pytest.mark.parametrize("ids", DOCUMENTS.values(), ids=DOCUMENTS)
 
 
@@ -277,8 +296,7 @@ def test_split_is_whole(name, ids):
     assert_close(mixer(in_pieces, ids=ids), mixer(ids=ids))
 
 
-@every_mixer
-@every_documents
+@pytest.mark.parametrize("name, ids", with_documents())
 def test_split_after_any_token_is_whole(name, ids):
     """The pieces stand in calls of T tokens whose rest is padding."""
     mixer = sample(name)
@@ -290,8 +308,7 @@ def test_split_after_any_token_is_whole(name, ids):
         assert_close((y, back.state), (want.y, want.state))
 
 
-@every_mixer
-@every_documents
+@pytest.mark.parametrize("name, ids", with_documents())
 def test_step_by_step_is_parallel_and_transformations_compose(name, ids):
     mixer = sample(name)
     assert_close(mixer(step_by_step, ids=ids), mixer(ids=ids))
@@ -463,7 +480,8 @@ def meshes():
         for mesh in sorted(wanted):
             quick = name in QUICK and mesh == several
             quick |= mesh == "seq" and name == "delta"
-            yield pytest.param(name, mesh, marks=() if quick else pytest.mark.slow)
+            like = name not in OF_A_KIND or (mesh not in ("seq", several) and name != "mixture")
+            yield pytest.param(name, mesh, marks=() if quick else (pytest.mark.slow, *[pytest.mark.full] * like))
 
 
 @pytest.mark.parametrize("name, mesh", list(meshes()))

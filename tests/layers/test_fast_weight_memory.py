@@ -29,9 +29,8 @@ CONFIGS = {
 IDS = np.array([[1] * 9 + [2] * 2 + [3] * 3, [1] * 2 + [2] * 10 + [0] * 2], np.int32)
 
 
-every_config = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "idw" else pytest.mark.slow) for n in CONFIGS]
-)
+marks = lambda name: {"idw": (), "every token": (pytest.mark.slow, pytest.mark.full)}.get(name, pytest.mark.slow)
+every_config = pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in CONFIGS])
 
 
 @functools.cache

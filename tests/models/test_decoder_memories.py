@@ -64,6 +64,13 @@ def test_a_future_token_changes_nothing_before_it():
     assert np.all(a[:, 4] != b[:, 4])
 
 
+on_meshes = pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(), id="data", marks=(pytest.mark.slow, pytest.mark.full)),
+        pytest.param(MeshConfig(data=2, fsdp=2, model=2), id="data fsdp model", marks=pytest.mark.slow),
+    ],
+)
 PADDED = jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0]])
 WEIGHT = jnp.cos(jnp.arange(16.0))
 
@@ -138,8 +145,7 @@ def test_what_word_experts_cost():
     assert cost.forward_flops - without.forward_flops == 2 * 2 * (2 * (3 - 1) * 16 + 2 * 3 * 16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, model=2)], ids=["data", "data fsdp model"])
+@on_meshes
 def test_word_experts_sharded_are_unsharded(mesh):
     c, tokens = config(OWN_WORDS, WORDS), jnp.concatenate([draw_tokens(seed) for seed in range(4)])
 
@@ -181,8 +187,7 @@ def test_the_scan_is_the_loop_maps_over_rows_and_computes_again():
         assert_close(run(call, model), want)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, model=2)], ids=["data", "data fsdp model"])
+@on_meshes
 def test_sharded_equals_unsharded(mesh):
     c, tokens = config(OWN, SHARED), jnp.concatenate([draw_tokens(seed) for seed in range(4)])
 

@@ -256,12 +256,17 @@ def kill_one(work: Path, out: str, n: int, victim: int, number: signal.Signals) 
 
 
 @pytest.mark.parametrize(
-    "n, victim, number", [(3, 2, signal.SIGKILL), (2, 1, signal.SIGSTOP)], ids=["last-of-three", "frozen"]
+    "n, victim, number",
+    [
+        pytest.param(3, 2, signal.SIGKILL, id="last-of-three"),
+        pytest.param(2, 1, signal.SIGSTOP, id="frozen", marks=pytest.mark.full),
+    ],
 )
 def test_the_others_end_when_one_is_gone(work, n, victim, number):
     kill_one(work, f"lost-{n}", n, victim, number)
 
 
+@pytest.mark.full
 def test_a_storm_of_killed_processes(work):
     """JAXMEM_PEER_KILLS=10 is the full proof: now one of two, now the other; what is left is gone on with."""
     chance, took_s = random.Random(PEER_KILLS), []

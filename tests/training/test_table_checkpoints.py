@@ -86,7 +86,11 @@ def test_a_run_goes_on_from_an_older_checkpoint(runs):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=2, table_rows=("data",)), MeshConfig(data=1, fsdp=2, model=2)], ids=["rows", "columns"]
+    "mesh",
+    [
+        pytest.param(MeshConfig(data=2, table_rows=("data",)), id="rows"),
+        pytest.param(MeshConfig(data=1, fsdp=2, model=2), id="columns", marks=pytest.mark.full),
+    ],
 )
 def test_tables_come_back_on_another_mesh(runs, mesh):
     mesh_here = make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.model])
