@@ -399,8 +399,9 @@ def table(
     from jaxmem.checkpoints.table_store import RowArray, TableStore
 
     if action != "info" and (rows is None or (action == "create" and width is None)):
-        needed = "--rows" if action == "grow" else "--rows and --width"
-        raise ValueError(f"table {action}: needs {needed}, got rows={rows}, width={width}; give them")
+        needed = {"--rows": rows} | ({} if action == "grow" else {"--width": width})
+        got = " and ".join(f"{name} {value}" for name, value in needed.items() if value is not None) or "none"
+        raise ValueError(f"table {action}: needs {' and '.join(needed)}, got {got}; say how many")
     to_create = {"width": width, "input-width": input_width, "dtype": dtype, "seed": seed, "moments": moments}
     given = (
         {} if action == "create" else {name: value for name, value in to_create.items() if value not in (None, False)}

@@ -144,7 +144,7 @@ def test_info_makes_no_array(folder):
             "table create new --rows 9 --width 4 --dtype int8",
             "table: needs dtype to be one of float32, .* for stddev, got",
         ),
-        ("table grow empty", "table grow: needs --rows, got rows=None, width=None; give them"),
+        ("table grow empty", "table grow: needs --rows, got none; say how many"),
         ("info nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
         ("train nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
         ("train tiny", "train: needs an experiment file that ends in .py, got 'tiny'; name one"),

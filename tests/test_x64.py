@@ -44,6 +44,13 @@ def test_types_do_not_depend_on_the_flag(name):
     assert got == want
 
 
+@pytest.mark.parametrize("name", ["delta", "convolution"])
+def test_float64_goes_through(name):
+    with jax.enable_x64(True):
+        _, found = traced(MIXERS[name][0], jnp.float64)
+    assert {dtype for _, dtype in types(found).values() if "float" in dtype} == {"float64"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tiny", [tiny.config, tiny_memory.config])
 def test_steps_of_training_do_not_depend_on_the_flag(tiny):

@@ -210,7 +210,7 @@ class SequenceMixer(nnx.Module):
             return
         if type(state) is not self.state_type:
             raise ValueError(
-                f"{self.what}: needs a state of its own, a {self.state_type.__name__}, got state {said(state)}; pass what "
+                f"{self.what}: needs a state of its own, of type {self.state_type.__name__}, got state {said(state)}; pass what "
                 "init_state or a call of this layer returned, and segment_ids and positions by name"
             )
         wanted = jax.eval_shape(lambda: self.empty_state(batch, self.capacity_of(state), jnp.float32))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -26,6 +27,7 @@ Kind = Literal["train", "eval", "final"]
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 TENSORBOARD_FLUSH_S = 10
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LIKE_NON_FINITE = re.compile(r"\\*(NaN|-?Infinity)")
 
@@ -152,12 +154,13 @@ class _EventFile:
 
 @contextlib.contextmanager
 def explain_failed_write(path: Path) -> Iterator[None]:
-    """Says where there is no room, which the operating system's message does not."""
+    """Says where a file cannot be written, which the operating system's message does not."""
     try:
         yield
     except OSError as error:
+        advice = "make room there" if error.errno in NO_ROOM else "correct that"
         reason = error.strerror or error
-        raise OSError(f"run: needs to write to {path}, got {reason}; make room there, and resume") from error
+        raise OSError(f"run: needs to write to {path}, got {reason}; {advice}, and resume") from error
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from jaxmem.config import from_json, to_json
 from jaxmem.models.tokenizer import load_tokenizer
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.training import loop
-from jaxmem.training.data import heldout_files
+from jaxmem.training.data import heldout_files, read_text
 from jaxmem.training.loop import Outcome, train
 from jaxmem.training.metrics import read_metrics
 from jaxmem.training.not_finite import NotFinite
@@ -207,6 +207,27 @@ def test_other_heldout_text_of_the_same_size_is_noticed(config, killed_after, sa
         ValueError, match="needs the held-out data that the checkpoint of step 6 was made with, got other"
     ):
         train(moved, run_dir, resume=True)
+
+
+def test_text_that_changes_while_a_run_reads_it_is_named(config, killed_after, monkeypatch, capsys):
+    files = sorted(Path(config.data.train[0]).iterdir())
+    before = {path: path.read_bytes() for path in files[::2]}
+
+    def read_and_change(*arguments):
+        text = read_text(*arguments)
+        for path in before:
+            path.write_bytes(before[path].swapcase())
+        return text
+
+    monkeypatch.setattr(loop, "read_text", read_and_change)
+    try:
+        train(config, killed_after(6), resume=True)
+    finally:
+        for path in before:
+            path.write_bytes(before[path])
+    printed = capsys.readouterr().out
+    assert "some text cannot be read again, or is not the same: " in printed
+    assert "some text could not be read again, or was not the same, and was left out: " in printed
 
 
 @pytest.mark.slow

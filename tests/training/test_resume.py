@@ -92,6 +92,8 @@ def test_every_field_that_may_change_is_one(config):
             found = found[part]
     for name in ("seed", "model", "model.pattern", "data", "data.batch_size", "optimizer.kind", "checkpoint.tables"):
         assert name not in MAY_CHANGE
+    after_nan = {f"optimizer.{name}" for name in ("learning_rate", "clip_norm", "weight_decay")}
+    assert after_nan | {"steps", "mesh", "data.read_threads"} <= set(MAY_CHANGE)
 
 
 def test_lines_that_are_missing_are_told(config, killed_after, capsys):
