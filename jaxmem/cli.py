@@ -29,19 +29,31 @@ def main(argv: list[str] | None = None) -> int:
     output.occupy()
     output.print_anything()
     try:
-        try:
-            if argv[:1] != ["train"]:
-                return _told(argv)
-            from jaxmem.training import peers
+        if argv[:1] != ["train"]:
+            return _flushed(_told(argv))
+        from jaxmem.training import peers
 
-            return peers.together(lambda: _told(argv))
-        finally:
-            output.flush()
+        return _flushed(peers.together(lambda: _told(argv)))
     except (BrokenPipeError, SystemExit) as end:  # `| head` has read enough, which rich makes an exit of
         if not isinstance(end if isinstance(end, BrokenPipeError) else end.__context__, BrokenPipeError):
             raise
         output.abandon()
         return 0
+
+
+def _flushed(code: int) -> int:
+    """The exit code, when all is written out that was printed; 1 if there is no room for it."""
+    try:
+        output.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        output.abandon()
+        output.complain(
+            f"jaxmem: standard output: needs room for what is printed, got {error.strerror}; send it elsewhere"
+        )
+        return code or 1
+    return code
 
 
 def _told(argv: list[str]) -> int:
@@ -63,6 +75,8 @@ def _told(argv: list[str]) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1" or (sentence := _of_own_code(error, argv)) is None:
             raise
+        if argv[:1] == ["train"]:
+            _of_all_processes(ValueError(sentence))
         output.complain(f"jaxmem: {sentence}")
         return 2
 
@@ -101,7 +115,11 @@ def _run(argv: list[str]) -> int:
 
 def _config(name: str, words: list[str], asks_for_help: bool) -> Any:
     """What the experiment file among the words makes; each of its fields is an option."""
-    path = next((word for word in words if word.endswith(".py") and not word.startswith("--")), None)
+    files = [i for i, word in enumerate(words) if word.endswith(".py") and not word.startswith("--")]
+    is_value = lambda i: (
+        i > 0 and words[i - 1].startswith("--") and "=" not in words[i - 1] and words[i - 1] not in _FLAGS
+    )
+    path = next((words[i] for i in sorted(files, key=is_value)), None)
     if path is None and asks_for_help:
         return None
     if path is None:
@@ -224,7 +242,8 @@ def _find_other_processes(argv: list[str]) -> None:
     """Before the experiment is loaded, which may ask JAX for devices."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     given = {name: words[words.index(f"--{name}") + 1 :][:1] for name in _OF_PROCESSES if f"--{name}" in words}
-    if not given and "--distributed" not in words:
+    joins = "--distributed" in words and words[words.index("--distributed") + 1 :][:1] not in (["false"], ["False"])
+    if not given and not joins:
         return
     from jaxmem.training import peers
 
@@ -243,6 +262,7 @@ def _find_other_processes(argv: list[str]) -> None:
     peers.join(coordinator, int(n), int(index))
 
 
+_FLAGS = ("--resume", "--no-resume", "--distributed", "--no-distributed")
 _OF_PROCESSES = ("coordinator", "processes", "process")
 
 

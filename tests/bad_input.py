@@ -3,11 +3,11 @@
     python tests/bad_input.py --write docs/bad_input.md     about a minute; fails if a row is silent or shows a traceback
 
 To add a row, add a tuple to a group below. Rows run in a folder of their own with `tiny.py`, an experiment on the texts in
-`text`, and `run`, the folder of `small.py`, the same with attention alone, with two checkpoints; they share it, so a row that changes a file works on a copy.
+`text`, `small.py`, the same with attention alone, and `run`, a folder of that with two checkpoints; they share it, so a row
+that changes a file works on a copy.
 """
 
 import contextlib
-import dataclasses
 import gzip
 import importlib
 import io
@@ -35,7 +35,6 @@ from flax import nnx
 from jaxmem import cli
 from jaxmem.checkpoints import CheckpointStore, RowArray, TableStore
 from jaxmem.config import to_json
-from jaxmem.layers.attention import AttentionConfig
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.training.experiment import load_experiment
 from jaxmem.training.step import init_state
@@ -389,6 +388,7 @@ def _tokenizer(path: str, **changes) -> None:
     _write(path, json.dumps({"version": "1.0", "added_tokens": [], "pre_tokenizer": None, "model": model}))
 
 
+LARGE = {"<s>": 999} | {str(i): i for i in range(999)}
 DATA = [
     ("a folder that is not there", lambda: None, "train tiny.py --data.train nowhere"),
     ("all of it held out by name", lambda: None, "train tiny.py --data.heldout text"),
@@ -412,7 +412,7 @@ DATA = [
     ("a tokenizer that is not there", lambda: None, "train tiny.py --data.tokenizer nowhere.json"),
     ("a tokenizer that is none", lambda: _write("t1.json", "{}"), "train tiny.py --data.tokenizer t1.json"),
     ("a tokenizer that is cut", lambda: _write("t2.json", '{"version": "1'), "train tiny.py --data.tokenizer t2.json"),
-    ("a tokenizer that is larger than the vocabulary", lambda: _tokenizer("t3.json", vocab={"<s>": 999} | {str(i): i for i in range(999)}),
+    ("a tokenizer that is larger than the vocabulary", lambda: _tokenizer("t3.json", vocab=LARGE),
      "train tiny.py --data.tokenizer t3.json"),
     ("a tokenizer without an unknown token", lambda: _tokenizer("t4.json", unk_token="?"),
      "train tiny.py --data.tokenizer t4.json"),
@@ -670,10 +670,10 @@ def table(found: list[Row]) -> str:
     lines = [
         "# What is said of wrong input",
         "",
-        f"{len(found)} wrong inputs and what comes of each: the exit code (2: the input, 1: the machine, 0: it",
-        "went on and says with what; of expressions in Python the exception) and the one sentence. `python tests/bad_input.py --write docs/bad_input.md` runs them all and",
-        "writes this page; `tests/test_bad_input.py` runs some. On eight devices; `tiny.py` is `tests/training/tiny.py`,",
-        "`small.py` the same with attention alone.",
+        f"{len(found)} wrong inputs and what comes of each: the exit code (2: the input, 1: the machine, 0: it went on and",
+        "says with what; of expressions in Python the exception) and the one sentence. `python tests/bad_input.py --write",
+        "docs/bad_input.md` runs them all and writes this page; `tests/test_bad_input.py` runs some. On eight devices;",
+        "`tiny.py` is `tests/training/tiny.py`, `small.py` the same with attention alone.",
     ]
     escaped = lambda text: text.replace("|", "\\|").replace("\n", " / ")
     for group in GROUPS:

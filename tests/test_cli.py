@@ -139,7 +139,7 @@ def test_info_makes_no_array(folder):
             "table info empty",
             "table .*/empty: needs a directory made by TableStore.create, got one without manifest.ocdbt; ",
         ),
-        ("table create new --rows 9", "table create: needs --rows and --width, got rows=9, width=None; give them"),
+        ("table create new --rows 9", "table create: needs --rows and --width, got --rows 9; say how many"),
         (
             "table create new --rows 9 --width 4 --dtype int8",
             "table: needs dtype to be one of float32, .* for stddev, got",
@@ -434,6 +434,21 @@ def test_a_process_says_one_sentence_or_shows_where(folder):
     shown = in_process("info", "mom-34m", **{cli.TRACEBACK: "1"})
     assert shown.returncode == 1
     assert shown.stderr.startswith("Traceback") and told.stderr.removeprefix("jaxmem: ") in shown.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+def test_no_room_for_what_is_printed(folder):
+    with open("/dev/full", "w") as full:
+        code = "import sys, jaxmem.cli; sys.exit(jaxmem.cli.main(['--version']))"
+        told = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert told.returncode == 1 and told.stderr.count("\n") == 1
+    assert told.stderr.startswith("jaxmem: ") and "No space left on device" in told.stderr
+
+
+def test_a_value_that_is_a_file_is_no_experiment(folder, capsys):
+    Path("other.py").write_text("1 / 0")
+    assert cli.main(["train", "--sample-prompt", "other.py", "nowhere.py"]) == 2
+    assert "needs a Python file, got 'nowhere.py'" in capsys.readouterr().err
 
 
 def test_help_does_not_wait_for_jax(folder):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_laws import CONTINUED, MIXERS, B, D, T, every_mixer, floats, make, normal_like, run, sample, whole
+from test_laws import CONTINUED, MIXERS, B, D, T, every_mixer, floats, make, normal_like, rows, run, sample, whole
 from training import tiny, tiny_memory
 
 from jaxmem.layers.cross_entropy import chunked_cross_entropy
@@ -44,11 +44,21 @@ def test_types_do_not_depend_on_the_flag(name):
     assert got == want
 
 
-@pytest.mark.parametrize("name", ["delta", "convolution"])
-def test_float64_goes_through(name):
+IN_FLOAT32 = ("attention", "window", "fast-weights")
+"""Whatever goes in."""
+
+
+@pytest.mark.parametrize("name", rows(name for name in MIXERS if name not in IN_FLOAT32))
+@pytest.mark.parametrize("n_tokens", [1, T])
+def test_float64_goes_through(name, n_tokens):
+    """With parameters as they are, in fp32, from no state and from that of a call in fp32."""
     with jax.enable_x64(True):
-        _, found = traced(MIXERS[name][0], jnp.float64)
-    assert {dtype for _, dtype in types(found).values() if "float" in dtype} == {"float64"}
+        x = jax.ShapeDtypeStruct((B, n_tokens, D), jnp.float64)
+        layer, state = jax.eval_shape(lambda: make(MIXERS[name][0]))
+        for before in (None, state):
+            y, after = jax.eval_shape(lambda layer, x, state: layer(x, state), layer, x, before)
+            kept = [after.memory if hasattr(after, "memory") else after.memories] if hasattr(after, "last") else []
+            assert y.dtype == jnp.float64 and all(a.dtype in (jnp.float64, jnp.complex128) for a in kept)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ class ChecksumHandler(ocp.JsonCheckpointHandler):
 def check_files(checkpoint: epath.Path) -> None:
     """Compares the files of a checkpoint with its checksums, and its step with the name of its folder.
 
-    Checkpoints of jaxmem before 0.2 do not know their step.
+    Older checkpoints do not know their step.
 
     Raises: DamagedCheckpoint, naming the first file that differs.
     Cost: reads every file that has a checksum once, about a second per GB.

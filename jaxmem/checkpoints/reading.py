@@ -130,10 +130,15 @@ def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any], pre
 
     >>> config_differences({"model": {"width": 128}, "seed": 0}, {"model": {"width": 256}, "seed": 0})
     ['model.width: checkpoint 128, now 256']
+    >>> config_differences({"pattern": [{"n_heads": 2}, {"window": 8}]}, {"pattern": [{"n_heads": 2}, {"window": 9}]})
+    ['pattern.1.window: checkpoint 8, now 9']
     """
     lines = []
     for key in dict.fromkeys((*saved, *current)):
         before, now = saved.get(key), current.get(key)
+        of_configs = isinstance(before, list) and any(isinstance(part, Mapping) for part in before)
+        if of_configs and isinstance(now, list) and len(before) == len(now):
+            before, now = dict(enumerate(before)), dict(enumerate(now))
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             lines += config_differences(before, now, f"{prefix}{key}.")
         elif before != now:

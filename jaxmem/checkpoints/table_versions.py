@@ -103,7 +103,7 @@ class Versions:
         try:
             with self.failed_write_explained(), ts.Transaction(atomic=True) as transaction:
                 write(self.store(**options).with_transaction(transaction))
-        except BaseException:
+        except Exception:  # what an interrupted commit leaves, `sweep` removes: TensorStore may be about to complete it
             self._remove_leftover()
             self._files.remove_new()
             raise

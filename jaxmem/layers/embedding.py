@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmem.recurrences.documents import known
 from jaxmem.sharding import ROWS, constrain, local, mesh_axes, param, stored_like
 from jaxmem.typing import Array, DTypeLike, Float, Int
 
@@ -55,16 +56,30 @@ class Embedding(nnx.Module):
         """
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"embedding: needs integers as token ids, got {ids.dtype}; encode the text first")
-        if not isinstance(ids, jax.core.Tracer) and ids.size:
-            numbers = np.asarray(ids)  # in NumPy, which sees them while jit is tracing too
+        numbers = known(ids)  # in NumPy, which sees them while jit is tracing too
+        if numbers is not None and numbers.size:
             low, high = int(numbers.min()), int(numbers.max())
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(
                     f"embedding: needs token ids in 0..{self.vocab_size - 1}, got ids={low}..{high}; "
                     "check that the tokenizer belongs to this model"
                 )
+        ids = token_ids(ids)
         is_token = constrain((ids >= 0) & (ids < self.vocab_size), *TOKENS)
         return jnp.where(is_token[..., None], lookup(self.table[...], ids, dtype), jnp.nan)
+
+
+def token_ids(ids: Array | np.ndarray) -> Int[Array, "*tokens"]:
+    """As int32, for what is narrower cannot be compared with a vocabulary; -1 for what int32 does not hold.
+
+    >>> token_ids(np.array([0, 255], np.uint8)).tolist(), token_ids(np.array([2**32 + 5])).tolist()
+    ([0, 255], [-1])
+    """
+    largest = jnp.iinfo(jnp.int32).max
+    if jnp.iinfo(ids.dtype).max > largest:
+        where = jnp.where if known(ids) is None else np.where
+        ids = where((ids < 0) | (ids > largest), -1, ids)
+    return jnp.asarray(ids, jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -81,6 +81,11 @@ class MemoryConfig:
     choice_axes = CHOICES
 
     @property
+    def use_size(self) -> int:
+        """Numbers that `use` gives: slots."""
+        return self.keys.n_slots
+
+    @property
     def choices(self) -> tuple[int, int]:
         """Heads, and slots that each reads per token."""
         return self.keys.n_heads, self.keys.top_k

@@ -146,7 +146,7 @@ class SequenceMixer(nnx.Module):
         Args:
           batch: rows.
           capacity: tokens of the longest document, for a cache that grows; other states take no notice of it.
-          dtype: of what is cached; what accumulates is fp32.
+          dtype: of what is cached; what accumulates is fp32, or float64 with it.
 
         Raises: ValueError for a negative batch, a capacity below 1, a dtype that is none of floats.
         """
@@ -210,8 +210,8 @@ class SequenceMixer(nnx.Module):
             return
         if type(state) is not self.state_type:
             raise ValueError(
-                f"{self.what}: needs a state of its own, of type {self.state_type.__name__}, got state {said(state)}; pass what "
-                "init_state or a call of this layer returned, and segment_ids and positions by name"
+                f"{self.what}: needs a state of its own, of type {self.state_type.__name__}, got state {said(state)}; pass "
+                "what init_state or a call of this layer returned, and segment_ids and positions by name"
             )
         wanted = jax.eval_shape(lambda: self.empty_state(batch, self.capacity_of(state), jnp.float32))
         shapes = lambda tree: [

@@ -42,6 +42,7 @@ from jaxmem.layers.recurrent import (
     in_full,
     make_parameters,
     make_taps,
+    memory_dtype,
     prepared,
     shift,
     with_constants,
@@ -109,7 +110,7 @@ class MixtureState(NamedTuple):
     """What the layer remembers; M counts the shared memory, M' does not."""
 
     memories: Shaped[Array, "B M H K V"]
-    """fp32."""
+    """fp32, or float64 if x is."""
     history: Arrays
     """The last inputs [B M W-1 ...] of each memory's convolutions, by the name of the projection."""
     seen: Int[Array, "B M"]
@@ -188,7 +189,7 @@ class MixtureOfMemories(SequenceMixer):
         lead = (batch, c.n_slots)
         width = inner.convolution_width - 1
         state = MixtureState(
-            memories=jnp.zeros((*lead, *inner.state_shape), jnp.complex64 if inner.is_complex else jnp.float32),
+            memories=jnp.zeros((*lead, *inner.state_shape), memory_dtype(inner.is_complex, dtype)),
             history={name: jnp.zeros((*lead, width, *specs[name].shape), dtype) for name in self.taps},
             seen=jnp.zeros(lead, jnp.int32),
             router=RouterUse(*jnp.zeros((2, batch, c.n_memories), jnp.float32)),
@@ -210,6 +211,7 @@ class MixtureOfMemories(SequenceMixer):
 
     def mix(self, x: Float[Array, "B T D"], state: MixtureState, call: Call) -> tuple[Array, MixtureState]:
         c, tokens = self.config, call.tokens
+        state = state._replace(memories=state.memories.astype(jnp.promote_types(x.dtype, state.memories.dtype)))
         logits = einsum("btd,dm->btm", x.astype(jnp.float32), self.router[...], ("batch", "time", "memory"))
         choose = local(
             lambda logits, real: route(logits, real, c.top_k),

@@ -274,11 +274,16 @@ class Projections(nnx.Module):
         return made
 
 
+def memory_dtype(is_complex: bool, dtype: DTypeLike) -> jnp.dtype:
+    """Of a memory beside what is cached in `dtype`: fp32, or better if that is."""
+    return jnp.promote_types(dtype, jnp.complex64 if is_complex else jnp.float32)
+
+
 class RecurrentState(NamedTuple):
     """What the layer remembers."""
 
     memory: Shaped[Array, "B H K V"]
-    """fp32."""
+    """fp32, or float64 if x is."""
     history: Arrays
     """The last W - 1 inputs [B W-1 ...] of each convolution, by the name of the projection."""
     last: Arrays
@@ -301,7 +306,7 @@ class Recurrent(SequenceMixer):
     def empty_state(self, batch: int, capacity: int | None, dtype: DTypeLike) -> RecurrentState:
         c, specs = self.config, self.projections.specs
         state = RecurrentState(
-            memory=jnp.zeros((batch, *c.state_shape), jnp.complex64 if c.is_complex else jnp.float32),
+            memory=jnp.zeros((batch, *c.state_shape), memory_dtype(c.is_complex, dtype)),
             history={
                 name: jnp.zeros((batch, c.convolution_width - 1, *specs[name].shape), dtype) for name in self.taps
             },
@@ -321,6 +326,7 @@ class Recurrent(SequenceMixer):
 
     def mix(self, x: Float[Array, "B T D"], state: RecurrentState, call: Call) -> tuple[Array, RecurrentState]:
         tokens, before, last = call.tokens, None, state.last
+        state = state._replace(memory=state.memory.astype(jnp.promote_types(x.dtype, state.memory.dtype)))
         if self.projections.is_shifted:
             before, last = shift(x, state.last, tokens.document)
         projected = self.projections(x, before)

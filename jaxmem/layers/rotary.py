@@ -18,7 +18,7 @@ from jaxmem.typing import Array, Float, Int
 def rotary(
     x: Float[Array, "*tokens heads K"], positions: Int[Array, "*tokens"], *, theta: float = 10_000.0
 ) -> Float[Array, "*tokens heads K"]:
-    """x with every head turned by its token's position, computed in fp32 and returned in x.dtype.
+    """x with every head turned by its token's position, in fp32 or in x.dtype if that is wider; returned in x.dtype.
 
     Args:
       positions: counted from 0 in tokens; only differences matter to attention.

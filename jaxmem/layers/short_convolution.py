@@ -25,7 +25,7 @@ def convolve(
 ) -> Float[Array, "B S-W+1 *channels"]:
     """Convolves inputs that already stand behind their W-1 predecessors; the output lines up with items[:, W-1:].
 
-    Sums in fp32, returns items.dtype.
+    Sums in fp32 or better, returns items.dtype.
 
     >>> convolve(jnp.array([[[1.0], [2.0], [3.0]]]), jnp.array([[1, 1, 2]]), jnp.array([[10.0], [1.0]]))[0, :, 0].tolist()
     [12.0, 3.0]

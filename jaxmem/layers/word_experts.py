@@ -26,6 +26,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmem.fields import Count, Natural, checked
+from jaxmem.layers.embedding import token_ids
 from jaxmem.layers.memory_table import Activation, MemoryTable, table_to_read
 from jaxmem.layers.memory_usage import slot_weights
 from jaxmem.sharding import local
@@ -74,6 +75,11 @@ class WordExpertsConfig:
         return self.n_slots, d_model, d_model
 
     choice_axes = ("batch", "time", None, None)
+
+    @property
+    def use_size(self) -> int:
+        """Numbers that `use` gives: experts."""
+        return self.n_experts
 
     @property
     def choices(self) -> tuple[int, int]:
@@ -142,6 +148,7 @@ class WordExperts(nnx.Module):
 
     def experts(self, words: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
         """The expert of each id; -1, which reads nothing, for an id that the routing does not have."""
+        words = token_ids(words)
         if self.config.routing is None:
             return jnp.where(words < 0, -1, words % self.config.n_experts)
         routing = jnp.asarray(self.config.routing, jnp.int32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.fields import Count, Positive, checked
-from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
+from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding, token_ids
 from jaxmem.layers.feed_forward import SwiGLU
 from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.mixer import Mixer, MixerConfig, SequenceMixer, advance, init_cursor, require_per_token, said
@@ -199,6 +199,7 @@ class Decoder(nnx.Module):
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
         if segment_ids is not None:  # what stands in padding need not be a token
+            tokens = token_ids(tokens)
             none = (tokens < 0) | (tokens >= self.config.vocab_size)
             tokens = jnp.where(none & (segment_ids == 0), 0, tokens)
         documents = {"segment_ids": segment_ids, "positions": positions}
@@ -246,9 +247,9 @@ class Decoder(nnx.Module):
             n = max(n_tokens, 1)
             capacity = lambda mixer: mixer.capacity_for(n) if isinstance(mixer, SequenceMixer) else n
             state = self._empty(lambda m: m.init_state(batch, capacity=capacity(m), dtype=self.config.dtype))
-        like = jax.eval_shape(lambda: self._run(jnp.zeros((1, 1), jnp.int32), None, None, None, with_use)[2])
-        hidden = jnp.zeros((batch, n_tokens, self.config.d_model), self.config.dtype)
-        return hidden, state, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+        unused = lambda memory: jnp.zeros((self.config.repeats, memory.config.use_size), jnp.float32)
+        uses = tuple(unused(block.memory) if with_use and block.memory is not None else None for block in self.blocks)
+        return jnp.zeros((batch, n_tokens, self.config.d_model), self.config.dtype), state, uses
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Vocab"]:
         """fp32 logits of hidden vectors, for a few tokens at a time; training uses `chunked_cross_entropy`."""

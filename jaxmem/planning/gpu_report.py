@@ -82,14 +82,15 @@ def report(chip: str, tokens: int = 8192, say: Callable[[str], None] = lambda te
         ):
             failed = {}
             for line in process.stdout:
-                what, name, *message = line.split(maxsplit=2)
+                what, name, message = (line.split(maxsplit=2) + 3 * [""])[:3]
                 if what == "failed":
-                    failed[name] = message[0].strip() if message else ""
+                    failed[name] = message.strip()
                 elif what == "compiling":
-                    say(f"{chip}: compiling {name} ({message[0].strip()})")
+                    say(f"{chip}: compiling {name} ({message.strip()})")
             if process.wait():
                 errors.seek(0)
-                raise RuntimeError(f"gpu compiler: {errors.read().strip().splitlines()[-1]}")
+                last = (errors.read().strip().splitlines() or [f"ended with {process.returncode}"])[-1]
+                raise RuntimeError(f"gpu compiler: {last}")
         lines = [
             f"{chip}: 8 query heads, 4 kv heads, {tokens} tokens; shared memory of a program, registers of a thread"
         ]

@@ -18,7 +18,7 @@ _AXIS = re.compile(r"'([^']*)'(?:=(\d+)|:\((\d+)\)(\d+))?")
 
 
 def replica_groups(instruction: str) -> list[tuple[int, ...]] | None:
-    """The groups of devices of one line of a program; None if the line names none, () that all devices are one group.
+    """The groups of devices of one line of a program; None if the line names none, [] that all devices are one group.
 
     >>> replica_groups("all-reduce(%x), replica_groups={{0,1},{2,3}}")
     [(0, 1), (2, 3)]

@@ -5,14 +5,13 @@ file that the config names.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 
 from jaxmem.models.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from jaxmem.training.data import Text
-from jaxmem.training.metrics import explain_failed_write
+from jaxmem.training.metrics import replace_file
 from jaxmem.training.run_folder import has_begun
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -108,10 +107,4 @@ def keep_tokenizer(tokenizer: Tokenizer, spec: str, run_dir: Path) -> None:
     if spec == "bytes":
         kept.unlink(missing_ok=True)  # of a run that never began
         return
-    part = kept.with_name(kept.name + ".part")
-    with explain_failed_write(kept):
-        with part.open("wb") as file:
-            file.write(tokenizer.content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, kept)
+    replace_file(kept, tokenizer.content)

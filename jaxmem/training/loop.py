@@ -217,7 +217,8 @@ class _Run:
         batches.set_state(scatter_state(restored.data_state["iterators"]))
         notes = [f"passed over: {note}" for note in restored.notes]
         if from_step is not None and (later := store.set_aside_after(from_step)):
-            notes.append(f"set aside, and not deleted: the checkpoints of steps {later}")
+            tables = "" if self.tables is None else ", without the rows of their memory tables, which are rewound"
+            notes.append(f"set aside, and not deleted: the checkpoints of steps {later}{tables}")
         notes += notes_on_config(self.run_dir, restored.run_config, self.config)
         state = TrainState(**restored.tree) if self.tables is None else self.tables.restore(restored.tree, abstract)
         is_done = ", the last: no step is left, the report is made again" if restored.step == self.config.steps else ""

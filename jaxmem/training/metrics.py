@@ -214,15 +214,15 @@ def _set_aside(path: Path, records: list[dict[str, Any]], step: int, drop_steps:
     return notes
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Gives `path` the content `text` in one step: a kill or a full disk leaves the old content.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Gives `path` this content in one step: a kill or a full disk leaves the old content.
 
     What is no UTF-8, as an undecodable byte of the command line, is written as an escape.
     """
     part = path.with_name(path.name + ".part")
     with explain_failed_write(path):
-        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -4,6 +4,7 @@ When a process of a run dies, JAX's client in the others aborts them from a thre
 code runs before it, and no callback in Python can be given to it (jaxlib 0.10 to 0.12). So the signal of the abort is caught.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -38,15 +39,19 @@ class NativeErrors:
         if text := self._text():
             self._recent = text  # an abort may be about to come
             self._file.truncate(0)
-            os.write(self._stderr, without_others(text).encode())
+            self._write(without_others(text))
 
     def _aborted(self, explain: Callable[[str], str | None]) -> None:
         """In the thread that aborts; when it returns, the process ends by SIGABRT."""
         text = self._text()
         if sentence := explain(self._recent + text):
-            os.write(self._stderr, f"jaxmem: {sentence}\n".encode())
+            self._write(f"jaxmem: {sentence}\n")
             os._exit(1)
-        os.write(self._stderr, text.encode())
+        self._write(text)
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(self._stderr, text.encode())
 
     def _text(self) -> str:
         return os.pread(self._file.fileno(), _MOST_BYTES, 0).decode(errors="replace")

@@ -41,14 +41,16 @@ def keep_code(run_dir: Path, config: Any, experiment: str | Path | None, step: i
         files |= _beside(Path(experiment).resolve().parent)
     notes = []
     for name, path in files.items():
-        text, copy = path.read_text(encoding="utf-8"), run_dir / CODE / name
-        before = copy.read_text(encoding="utf-8") if copy.is_file() else None
+        text, copy = path.read_bytes(), run_dir / CODE / name
+        before = copy.read_bytes() if copy.is_file() else None
         if before == text:
             continue
         with explain_failed_write(copy):
             copy.parent.mkdir(parents=True, exist_ok=True)
         if before is not None and step:
-            replace_file(older := copy.with_name(f"{copy.stem}.before_{step}.py"), before)
+            older = copy.with_name(f"{copy.stem}.before_{step}.py")
+            if not older.exists():  # else a start before it kept what the checkpoint was made with
+                replace_file(older, before)
             notes.append(f"{path} is not as it was when the run began: {copy} is new, the earlier one is {older}")
         replace_file(copy, text)
     return notes

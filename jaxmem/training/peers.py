@@ -5,11 +5,11 @@ others. What ends one of them, an error of its own or the loss of another, is wr
 A coordinator that dies takes JAX's clients with it at once (`native_errors`).
 """
 
+import contextlib
 import json
 import os
 import re
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -18,6 +18,7 @@ from collections.abc import Callable
 import jax
 from jax._src import distributed
 
+from jaxmem import output
 from jaxmem.training.agreement import Disagreement
 from jaxmem.training.native_errors import NativeErrors
 
@@ -75,16 +76,16 @@ class Peers:
     def _watch(self) -> None:
         while not self._done.wait(BEAT_S):
             self._beat += 1
-            if _native is not None:
-                _native.pass_on()
             try:
+                if _native is not None:
+                    _native.pass_on()
                 self._set(f"alive/{self.index}", str(self._beat))
                 told = dict(self._client.key_value_dir_get(f"{_KEYS}/"))
             except Exception:  # a coordinator that does not answer any more aborts this process
                 continue
             if (verdict := self._verdict(told)) and self._speaks.acquire(blocking=False):
                 sentence, code, lost = verdict
-                print(f"jaxmem: {sentence}", file=sys.stderr, flush=True)
+                output.complain(f"jaxmem: {sentence}")
                 if lost is not None:
                     self._set(f"lost/{lost}", sentence)
                 self._depart(code, 3 * BEAT_S)
@@ -122,7 +123,10 @@ class Peers:
 
     def _depart(self, code: int, patience_s: float) -> None:
         """The process with the coordinator goes last: without it the others could not be told."""
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            output.flush()
+        if _native is not None:
+            _native.pass_on()
         self._set(f"left/{self.index}", "")
         end = time.monotonic() + patience_s
         while self.index == 0 and time.monotonic() < end:
@@ -152,7 +156,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       RuntimeError: the others cannot be found. A coordinator that does not answer in time ends the process, with a sentence.
     """
     global _peers, _native
-    state, wait_s = distributed.global_state, int(os.environ.get(JOIN_SECONDS, "60"))
+    state, seconds = distributed.global_state, os.environ.get(JOIN_SECONDS, "60")
+    if not seconds.isdecimal() or not int(seconds):
+        raise ValueError(f"train: needs a whole number of seconds in {JOIN_SECONDS}, got {seconds!r}; e.g. 60")
+    wait_s = int(seconds)
     quiet = os.environ.get("JAXMEM_TRACEBACK") != "1"
     if state.client is None:
         jax.config.update("jax_enable_preemption_service", False)  # signals are ours
@@ -205,7 +212,8 @@ def explained(error: BaseException) -> BaseException:
 def _exchange_failed(error: BaseException | None) -> bool:
     """Whether it, or what it comes from, tells of a connection to another process."""
     while error is not None:
-        if not isinstance(error, Disagreement) and _EXCHANGE_FAILED.search(str(error)):
+        is_ours = isinstance(error, ValueError) and ": needs " in str(error)
+        if not is_ours and not isinstance(error, Disagreement) and _EXCHANGE_FAILED.search(str(error)):
             return True
         error = error.__cause__
     return False

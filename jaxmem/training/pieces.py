@@ -82,10 +82,6 @@ class Pieces:
         """Of the file that a piece is in."""
         return self._files[self.index[piece, FILE]].name
 
-    def names(self) -> list[str]:
-        """Of all files, those without pieces too, by number."""
-        return [file.name for file in self._files]
-
     def by_file(self) -> list[tuple[str, bytes]]:
         """Name and text of every file that has pieces here: all its pieces, joined."""
         texts: dict[int, list[bytes]] = {}

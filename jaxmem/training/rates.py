@@ -104,6 +104,8 @@ def _ahead(config: OptimizerConfig, steps: int, step: int) -> str:
     end, now = rate_of(config, steps, steps), rate_of(config, steps, step)
     if _same(end, now):
         return f"and stays at {now:.3g} to the end"
+    if step < config.warmup_steps and not config.continued:
+        return f"and rises to {rate_of(config, steps, config.warmup_steps):.3g} at step {config.warmup_steps}"
     if config.schedule != "wsd":
         return f"and falls to {end:.3g} at the end"
     start = max(step, steps - max(1, round(config.decay_fraction * steps)))

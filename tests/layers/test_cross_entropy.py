@@ -91,6 +91,13 @@ def test_one_integer_target_per_token():
         chunked_cross_entropy(x, table, targets, weights[:1, 1:])
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_targets_of_eight_bits():
+    x, table = jnp.ones((1, 3, 4)), jnp.arange(256 * 4, dtype=jnp.float32).reshape(256, 4) / 1000
+    nats = [token_nats(x, table, np.array([[0, 7, 255]], dtype)) for dtype in (np.uint8, np.int32)]
+    np.testing.assert_array_equal(*nats)
+
+
 def test_a_target_outside_the_vocabulary_that_counts_is_loud():
     """It raises where values are known; under jit the sums are NaN. One of no weight changes nothing, gradients included."""
     x, table, targets, weights = batch()

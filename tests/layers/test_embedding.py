@@ -35,6 +35,17 @@ def test_ids_without_a_row_give_zeros_and_no_gradient_under_jit():
     np.testing.assert_array_equal(np.flatnonzero(pullback(jnp.ones_like(y))[0][:, 0]), [5])
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.uint32, np.int64])
+def test_ids_of_any_integer_type(dtype):
+    """256 is 0 in eight bits: every id would be outside the vocabulary."""
+    embedding = Embedding(256, 4, rngs=nnx.Rngs(0))
+    ids = np.array([[0, 7, 127]], dtype)
+    want = embedding(jnp.asarray(ids, jnp.int32))
+    np.testing.assert_array_equal(embedding(ids), want)
+    np.testing.assert_array_equal(jax.jit(embedding)(ids), want)
+
+
 def test_under_jit_ids_that_are_no_tokens_give_nan_and_no_gradient():
     """Those of the table's unused rows too."""
     embedding, ids = Embedding(50, 2, rngs=nnx.Rngs(0)), jnp.array([[-1, 50, 49, 1000]])

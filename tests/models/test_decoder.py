@@ -203,12 +203,23 @@ def test_padding_in_front_of_tokens_is_loud_and_alone():
         model(tokens, empty, segment_ids=wrong)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_bytes_are_tokens():
+    model = make(dataclasses.replace(decoder((AttentionConfig(2),), 1), vocab_size=256))
+    tokens = np.array([[0, 200, 255, 7]], np.uint8)
+    hidden = jax.jit(lambda model, tokens, ids: model(tokens, segment_ids=ids)[0])
+    ids = jnp.array([[1, 1, 1, 0]])
+    np.testing.assert_array_equal(hidden(model, tokens, ids), hidden(model, tokens.astype(np.int32), ids))
+
+
 def test_calls_on_nothing():
     model = make(decoder())
     state = jax.jit(lambda: model.init_state(B, capacity=T))()
     hidden, after, uses = model.with_memory_use(make_tokens()[:, :0], state)
     assert hidden.shape == (B, 0, 16) and after is state and uses == (None,) * 4
     hidden, after = jax.eval_shape(lambda: model(make_tokens()[:0]))
+    with use_mesh(make_mesh(MeshConfig(data=2, seq=2, model=2))):
+        assert jax.eval_shape(lambda: model(make_tokens()[:0])[0]).shape == (0, T, 16)
     assert hidden.shape == (0, T, 16) and all(leaf.shape[:2] == (2, 0) for leaf in jax.tree.leaves(after))
 
 

@@ -135,6 +135,13 @@ def test_word_experts_read_by_token():
     assert_close(steps(model, tokens), jax.jit(lambda model, tokens: model(tokens)[0])(model, tokens))
 
 
+def test_no_tokens_use_nothing():
+    c = config(OWN, WORDS)
+    uses = jax.eval_shape(lambda model: model.with_memory_use(draw_tokens(0)[:, :0])[2], shapes(c))
+    want = jax.eval_shape(lambda model: model.with_memory_use(draw_tokens(0))[2], shapes(c))
+    assert uses == want and [use.shape for use in uses] == [(2, 16), (2, 16)]
+
+
 def test_what_word_experts_cost():
     c = config(OWN_WORDS, WORDS)
     cost = account(c, 32)

@@ -171,7 +171,7 @@ def test_a_run_goes_on_elsewhere(elsewhere, config, whole, killed_after, monkeyp
         ),
         (
             lambda c: {"model": dataclasses.replace(c.model, pattern=c.model.pattern[::-1])},
-            r"got another: model.pattern: checkpoint \[\{'type': .*; use",
+            r"got another: model.pattern.0.type: checkpoint '.*', now '.*; use",
         ),
         (lambda c: {"steps": 7}, r"needs at least the 8 steps that the checkpoint has made, got steps=7; raise"),
     ],

@@ -159,6 +159,10 @@ def test_code_that_changed_is_told_and_both_are_kept(run_dir, tmp_path):
     assert (run_dir / "code" / "own_experiment.py").read_text() == changed.read_text()
     assert (run_dir / "code" / "own_experiment.before_6.py").read_text() == OWN
     assert keep_code(run_dir, {}, changed, step=6) == []
+    changed.write_bytes(b"# -*- coding: latin-1 -*-\n# caf\xe9\n")
+    assert len(keep_code(run_dir, {}, changed, step=6)) == 1
+    assert (run_dir / "code" / "own_experiment.py").read_bytes() == changed.read_bytes()
+    assert (run_dir / "code" / "own_experiment.before_6.py").read_text() == OWN, "what the checkpoint was made with"
 
 
 def test_a_class_in_a_function_is_refused_before_training():

@@ -137,10 +137,17 @@ def test_a_rate_that_was_lowered_lowers_a_continued_schedule_alike():
             "0.573 in step 80, the last one made, and 0.573 in step 81: it goes on from what was reached, and falls to 0.1 "
             "between step 120 and the end",
         ),
+        (
+            dataclasses.replace(COSINE, warmup_steps=40),
+            200,
+            20,
+            "0.5 in step 20, the last one made, and 0.525 in step 21: the schedule is that of a run of 200 steps now, not "
+            "100, and rises to 1 at step 40",
+        ),
         (COSINE, 100, 60, None),
         (COSINE, 100, 100, None),
     ],
-    ids=["cosine", "wsd", "wsd before its decay", "continued", "the same", "the same, ended"],
+    ids=["cosine", "wsd", "wsd before its decay", "continued", "in warm-up", "the same", "the same, ended"],
 )
 def test_both_rates_are_told_with_what_can_be_chosen(config, steps, step, said):
     before = dataclasses.replace(config, on_new_steps="restate")
