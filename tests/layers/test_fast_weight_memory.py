@@ -92,6 +92,7 @@ def with_gradients(function, *arguments):
     return y, pull(weight)
 
 
+@pytest.mark.slow
 @every_config
 def test_the_layer_is_its_chunks_written_out(name):
     layer, x = draw(CONFIGS[name])

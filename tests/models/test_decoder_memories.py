@@ -113,6 +113,7 @@ def test_padding_is_neutral():
     assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_word_experts_read_by_token():
     """In the place of a feed-forward and beside it: in a call, in steps, behind padding."""
     c = config(OWN_WORDS, WORDS)
@@ -262,7 +263,13 @@ def test_errors():
         config(dataclasses.replace(OWN_WORDS, routing=(0, 1, 2, 3)), None)
 
 
-@pytest.mark.parametrize("memories", [(OWN, None), (SHARED, OWN_WORDS)], ids=["own", "shared, words"])
+@pytest.mark.parametrize(
+    "memories",
+    [
+        pytest.param((OWN, None), id="own", marks=pytest.mark.slow),
+        pytest.param((SHARED, OWN_WORDS), id="shared, words"),
+    ],
+)
 def test_the_use_of_memories_is_that_of_their_choices_without_padding(memories):
     c = config(*memories)
     model, tokens = make(c), draw_tokens(0)

@@ -55,7 +55,9 @@ def whole():
     return jax.jit(lambda tokens: model().logits(model()(tokens)[0]))
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, PIECE, PIECE + 1, PIECE + 2, 2 * PIECE + 5])
+@pytest.mark.parametrize(
+    "n_tokens", [1, pytest.param(2, marks=pytest.mark.slow), PIECE, PIECE + 1, PIECE + 2, 2 * PIECE + 5]
+)
 def test_greedy_is_the_argmax_of_forward_passes_without_state(n_tokens):
     ids = prompt(n_tokens)
     for token in generate(model(), ids, max_tokens=12, sampling=GREEDY, capacity=CAPACITY):
@@ -95,7 +97,9 @@ def test_draws_at_successive_indices_differ():
     assert len(set(tokens)) > 100 and max(tokens.count(token) for token in set(tokens)) < 8
 
 
-@pytest.mark.parametrize("pattern", [BOUNDED, HYBRID], ids=["bounded", "growing"])
+@pytest.mark.parametrize(
+    "pattern", [pytest.param(BOUNDED, id="bounded"), pytest.param(HYBRID, id="growing", marks=pytest.mark.slow)]
+)
 def test_memory_is_constant(pattern):
     tokens = generate(model(pattern), prompt(4), max_tokens=60, sampling=WARM, capacity=CAPACITY)
 

@@ -38,7 +38,8 @@ def as_dict(partial):
     return dict(zip(("o", "lse"), partial, strict=True))
 
 
-@pytest.mark.parametrize("n_splits", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 24))])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_splits", [1, 4, 24])
 def test_pieces_of_a_cache(n_splits):
     q, k, v, here, there = cache(2)
     mask = Mask(window=15)

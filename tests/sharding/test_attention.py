@@ -211,6 +211,7 @@ def test_what_the_others_exchange():
     assert set(swapped) == {"all-to-all"} and swapped["all-to-all"] <= 10  # q, k, v, o and lse, and their gradients
 
 
+@pytest.mark.slow
 def test_memory_per_device_does_not_grow_with_devices():
     few, many = (compiled(Scheme("ring"), n, 256 * n, Mask()).memory_analysis().temp_size_in_bytes for n in (4, 8))
     assert many < 1.1 * few

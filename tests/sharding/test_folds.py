@@ -104,13 +104,8 @@ def exchanges(config, n_tokens):
 DELTA = GatedDeltaNetConfig(n_heads=2, key_dim=4, value_dim=6, chunk_tokens=8)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(DELTA, id="delta"),
-        pytest.param(MixtureOfMemoriesConfig(DELTA), id="mixture", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [DELTA, MixtureOfMemoriesConfig(DELTA)], ids=["delta", "mixture"])
 def test_exchanges_do_not_grow_with_the_sequence(config):
     """As many, of as many bytes, for 256 tokens as for 1024; none gathers the sequence."""
     short, long = exchanges(config, 256), exchanges(config, 1024)

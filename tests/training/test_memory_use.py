@@ -110,6 +110,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_finds_the_same(params, found, name):
     mesh = make_mesh(MESHES[name])

@@ -219,7 +219,7 @@ def test_targets_are_of_the_same_segment():
     np.testing.assert_array_equal(as_batch(segments, segments).counts, [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_loss_and_gradients_are_those_of_all_logits_in_any_number_of_parts(parts):
     config = experiment(accumulate=parts)
     state, metrics = run(config)
