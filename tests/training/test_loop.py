@@ -18,7 +18,8 @@ from jaxmem.config import from_json, to_json
 from jaxmem.models.tokenizer import load_tokenizer
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
 from jaxmem.training import loop
-from jaxmem.training.data import heldout_files, read_text
+from jaxmem.training.data import heldout_files
+from jaxmem.training.identity import data_identity
 from jaxmem.training.loop import Outcome, train
 from jaxmem.training.metrics import read_metrics
 from jaxmem.training.not_finite import NotFinite
@@ -213,13 +214,13 @@ def test_text_that_changes_while_a_run_reads_it_is_named(config, killed_after, m
     files = sorted(Path(config.data.train[0]).iterdir())
     before = {path: path.read_bytes() for path in files[::2]}
 
-    def read_and_change(*arguments):
-        text = read_text(*arguments)
+    def identify_and_change(*arguments):
+        identity = data_identity(*arguments)
         for path in before:
             path.write_bytes(before[path].swapcase())
-        return text
+        return identity
 
-    monkeypatch.setattr(loop, "read_text", read_and_change)
+    monkeypatch.setattr(loop, "data_identity", identify_and_change)
     try:
         train(config, killed_after(6), resume=True)
     finally:
