@@ -63,6 +63,7 @@ def test_forward_and_backward_fit():
     assert max(map(max, exchanges.values())) < table_bytes / 4, "no part of the table is exchanged"
 
 
+@pytest.mark.slow
 def test_what_a_token_exchanges_does_not_know_the_number_of_slots():
     """The bytes that twice the tokens add, which leaves the gradients of the sub-keys out."""
 

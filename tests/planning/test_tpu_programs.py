@@ -164,6 +164,7 @@ def experiment(**mesh) -> TrainConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_training_step_is_planned():
     """Per device the same, if tokens and devices double; every exchange of keys hidden, if not that of a few places."""
     small = plan(experiment(), "v5p:2x2x1")
