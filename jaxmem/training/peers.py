@@ -152,7 +152,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         (a TPU pod, Slurm, Open MPI, Kubernetes), or what `jax.distributed.initialize` was given before.
 
     Raises:
-      ValueError: not in a cluster that JAX knows.
+      ValueError: not in a cluster that JAX knows, or something else is at the coordinator's port.
       RuntimeError: the others cannot be found. A coordinator that does not answer in time ends the process, with a sentence.
     """
     global _peers, _native
@@ -162,6 +162,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     wait_s = int(seconds)
     quiet = os.environ.get("JAXMEM_TRACEBACK") != "1"
     if state.client is None:
+        if coordinator is not None and process == 0:
+            _require_free(coordinator)
         jax.config.update("jax_enable_preemption_service", False)  # signals are ours
         timeouts = {"initialization_timeout": wait_s, "heartbeat_timeout_seconds": _HEARTBEAT_S}
         if quiet:
@@ -186,6 +188,19 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         _native = NativeErrors(lambda text: _why_aborted(text, wait_s))
     if state.num_processes > 1:
         _peers = Peers()
+
+
+def _require_free(coordinator: str) -> None:
+    """JAX shares a port with another run's coordinator without a word, and dies in C++ where it cannot."""
+    everywhere, dual = ("", int(coordinator.rpartition(":")[2])), socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        socket.create_server(everywhere, family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise ValueError(
+            f"train: needs a free port for the coordinator, got {coordinator} ({os.strerror(error.errno)}); "
+            "choose another port, or end the run that has it"
+        ) from error
 
 
 def together(run: Callable[[], int]) -> int:

@@ -405,6 +405,26 @@ def test_a_full_disk_is_told_and_the_state_before_stays(tmp_path):
     np.testing.assert_array_equal(store.read("values", slice(None), step=2), numbers(1, N_ROWS, 24))
 
 
+def test_an_interrupted_write_leaves_the_state_before(tmp_path, monkeypatch):
+    """Ctrl-C in the middle of a commit; what it has left is swept."""
+    store = TableStore.create(tmp_path / "t", 64, {"values": RowArray(4)})
+    store.write([1, 2], {"values": np.ones((2, 4), np.float32)}, 1)
+
+    def interrupted(about):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("jaxmem.checkpoints.table_store.sealed", interrupted)
+        store.write([2, 3], {"values": np.full((2, 4), 9, np.float32)}, 2)
+    for found in (store, TableStore(tmp_path / "t")):
+        assert found.steps() == [1]
+        np.testing.assert_array_equal(found.read("values", [1, 2, 3])[:, 0], [1, 1, 0])
+    store.write([3], {"values": np.full((1, 4), 5, np.float32)}, 2)
+    store.keep([2])
+    store.compact()
+    np.testing.assert_array_equal(TableStore(tmp_path / "t").read("values", [1, 2, 3])[:, 0], [1, 1, 5])
+
+
 def test_a_full_disk_that_keeps_old_steps_has_the_new_one(tmp_path, monkeypatch):
     store = new(tmp_path, arrays={"values": RowArray(64)})
     for step in range(3):

@@ -143,20 +143,59 @@ def test_what_others_tell_ends_this_process():
     assert watcher(3)._verdict({"jaxmem/peers/lost/1": "so it is"}) == ("so it is", 1, 1)
 
 
+def test_a_standard_error_that_nobody_reads_ends_nothing():
+    """What C++ has written there is passed on, and an abort explained, to no one."""
+    program = """
+import os, sys
+from jaxmem import output
+from jaxmem.training.native_errors import NativeErrors
+native = NativeErrors(lambda text: "train: needs all 2 processes, lost one of them")
+os.write(2, b"E1129 00:27:28.0 1 a.cc:2] Bad\\n")
+native.pass_on()
+output.complain("a sentence")
+print("goes on", flush=True)
+os.abort()
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, timeout=60)
+    os.close(writer)
+    assert (found.returncode, found.stdout) == (1, b"goes on\n")
+
+
 @pytest.mark.slow
-def test_a_coordinator_that_is_missing_is_named():
+@pytest.mark.parametrize(
+    "process, got",
+    [
+        (1, "no answer from the coordinator at {address} (process 0)"),
+        (0, "fewer at the coordinator at {address}"),
+    ],
+)
+def test_processes_that_do_not_come_are_told(process, got):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    together = ["--coordinator", address, "--processes", "2", "--process", "1"]
+    together = ["--coordinator", address, "--processes", "2", "--process", str(process)]
     found = subprocess.run(
         [sys.executable, "-m", "jaxmem.cli", "train", str(TINY), *together],
         env=os.environ | {"JAXMEM_JOIN_SECONDS": "1", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr == (
-        f"jaxmem: train: needs all 2 processes within 1 s, got no answer from the coordinator at {address} (process 0); "
+        f"jaxmem: train: needs all 2 processes within 1 s, got {got.format(address=address)}; "
         "start all of them, or set JAXMEM_JOIN_SECONDS to wait longer\n"
+    )
+
+
+def test_a_port_that_is_in_use_is_told(capsys):
+    """Two coordinators of JAX share one without a word, and processes meet either."""
+    with socket.create_server(("localhost", 0), reuse_port=True) as other:
+        address = f"localhost:{other.getsockname()[1]}"
+        words = ["train", str(TINY), "--coordinator", address, "--processes", "2", "--process", "0"]
+        assert cli.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"jaxmem: train: needs a free port for the coordinator, got {address} (Address already in use); "
+        "choose another port, or end the run that has it\n"
     )
 
 

@@ -177,3 +177,25 @@ def test_a_class_in_a_function_is_refused_before_training():
 def test_a_file_is_run_once(run_dir):
     path = run_dir / "code" / "own_helper.py"
     assert import_file(path) is import_file(path), "a second time, it could not make its folder"
+
+
+@pytest.mark.slow
+def test_a_mixer_of_ones_own_trains_and_then_writes(work, monkeypatch, capsys):
+    """From the experiment's file alone to the text; the file is gone by then."""
+    monkeypatch.chdir(work)
+    experiment = Path("own_experiment.py")
+    experiment.write_text(
+        OWN.replace("from own_helper import WideConfig\n", "").replace(", WideConfig(n_heads=2)", ",")
+    )
+    shutil.copy(Path(__file__).with_name("tiny.py"), work)
+    forget_modules()
+    assert cli.main(["train", str(experiment), "--out", "run", "--steps", "2", "--accumulate", "1"]) == 0
+    experiment.unlink()
+    forget_modules()
+    capsys.readouterr()
+    assert generate() == 2
+    assert "add --import run/code/own_experiment.py" in capsys.readouterr().err
+    assert generate("--import", "run/code/own_experiment.py", "--prompt", "memory") == 0
+    found = capsys.readouterr()
+    assert found.out.startswith("memory") and "3 tokens, " in found.err
+    forget_modules()

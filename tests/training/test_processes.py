@@ -232,6 +232,43 @@ def test_an_experiment_may_ask_for_devices(work):
     assert "step 2/2" in printed[0]
 
 
+OWN_MIXER = """
+import dataclasses
+import jax
+import tiny
+from jaxmem.layers.attention import Attention, AttentionConfig
+
+class Mixer(Attention):
+    def __call__(self, *args, **kwargs):
+        jax.process_index() / (1 - jax.process_index())
+        return super().__call__(*args, **kwargs)
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig(AttentionConfig):
+    def make(self, d_model, *, rngs):
+        return Mixer(self, d_model, rngs=rngs)
+
+def config():
+    base = tiny.config()
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, pattern=(MixerConfig(n_heads=2),)))
+"""
+
+
+def test_an_error_in_a_mixer_of_ones_own_is_told_to_the_others(work):
+    folder = work / "own"
+    folder.mkdir()
+    (folder / "own_mixer.py").write_text(OWN_MIXER)
+    (folder / "tiny.py").write_text(TINY.read_text())
+    group = Group(work, "own-mixer", ("--steps", "2", *ON_MESH), file=folder / "own_mixer.py")
+    line = 1 + OWN_MIXER.splitlines().index("        jax.process_index() / (1 - jax.process_index())")
+    where = f"experiment {folder / 'own_mixer.py'}, line {line}"
+    error = f"{where}: needs a file that runs without an error, got ZeroDivisionError: "
+    assert [sentence.partition("division")[0] for sentence in group.fail(2)] == [
+        f"jaxmem: train: needs all 2 processes, got process 1 that has ended: {error}",
+        f"jaxmem: {error}",
+    ]
+
+
 def kill_one(work: Path, out: str, n: int, victim: int, number: signal.Signals) -> float:
     """Seconds until the others of n processes had ended, one of them killed (or stopped, as by a frozen machine)."""
     run_dir = work / out

@@ -73,16 +73,20 @@ def test_a_checkpoint_writes_the_rows_that_changed(runs):
     assert 0 < at(last).sum() <= 2 * 8 * 32 * 2 * 2, "steps x rows x tokens x heads x k"
 
 
-def test_a_run_goes_on_from_an_older_checkpoint(runs):
-    """As after a kill whose save of the tables was done and whose checkpoint was not."""
-    run_dir = runs / "went_back"
+@pytest.mark.parametrize("asked", [False, True], ids=["killed", "asked"])
+def test_a_run_goes_on_from_an_older_checkpoint(runs, asked, capsys):
+    """As after a kill whose save of the tables was done and whose checkpoint was not, or with --from-step."""
+    run_dir = runs / f"went_back_{asked}"
     shutil.copytree(runs / "touched_tables", run_dir)
     *_, before, last = complete_steps(run_dir / "checkpoints")
-    shutil.rmtree(run_dir / "checkpoints" / str(last))
+    if not asked:
+        shutil.rmtree(run_dir / "checkpoints" / str(last))
     (run_dir / "report.html").unlink()
-    train(CONFIG, run_dir, resume=True)
+    train(CONFIG, run_dir, resume=True, from_step=before if asked else None)
     assert_same(parameters(run_dir), parameters(runs / "whole_tables"))
     assert before in TableStore(run_dir / "tables" / "table.values").steps()
+    said = f"checkpoints of steps [{last}], without the rows of their memory tables, which are rewound"
+    assert (said in " ".join(capsys.readouterr().out.split())) is asked
 
 
 @pytest.mark.parametrize(
