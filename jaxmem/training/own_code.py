@@ -56,13 +56,16 @@ def keep_code(run_dir: Path, config: Any, experiment: str | Path | None, step: i
     return notes
 
 
-def read_own(data: dict[str, Any], run_dir: Path, imports: Sequence[str | Path] = ()) -> TrainConfig:
+def read_own(data: dict[str, Any], where: Path, run_dir: Path, imports: Sequence[str | Path] = ()) -> TrainConfig:
     """The config of a run, with the classes that the files `imports` define.
 
-    Raises: ValueError for a class that is nowhere, naming the file that is needed; for what is no config, naming config.json.
+    Args:
+      data: as JSON.
+      where: it was read from, for messages.
+
+    Raises: ValueError for a class that is nowhere, naming the file that is needed; for what is no config.
     """
     own = [import_file(path) for path in imports]
-    where = run_dir / "config.json"
     try:
         config = from_json(data, own)
         if not isinstance(config, TrainConfig):

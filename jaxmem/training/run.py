@@ -50,8 +50,8 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
             f"run: needs a folder with a run, got {str(run_dir)!r} without config.json; "
             "name the --out of `jaxmem train`, e.g. runs/quickstart"
         )
-    saved, notes = again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))
-    config = read_own(saved, run_dir, imports)
+    saved, where, notes = again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))
+    config = read_own(saved, where, run_dir, imports)
     tokenizer = tokenizer_of_run(config.data.tokenizer, run_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -77,11 +77,13 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
     )
 
 
-def _config(run_dir: Path, step: int | None) -> tuple[dict[str, Any], list[str]]:
-    """The config of the checkpoint, as JSON; what to tell if config.json says something else."""
-    if not (steps := complete_steps(run_dir / CHECKPOINTS)):
-        return read_config(run_dir), []
-    saved = unchecked_config(run_dir / CHECKPOINTS, steps[-1] if step is None else step)
+def _config(run_dir: Path, step: int | None) -> tuple[dict[str, Any], Path, list[str]]:
+    """The config of the checkpoint, as JSON, and where it is; what to tell if config.json says something else."""
+    checkpoints = run_dir / CHECKPOINTS
+    if not (steps := complete_steps(checkpoints)):
+        return read_config(run_dir), run_dir / CONFIG_FILE, []
+    chosen = steps[-1] if step is None else step
+    saved = unchecked_config(checkpoints, chosen)
     if saved is None or notes_on_config_file(run_dir, saved, ""):  # two that agree need not be read whole
-        saved = read_run_config(run_dir / CHECKPOINTS, step)
-    return saved, notes_on_config_file(run_dir, saved, "the checkpoint's own copy is used")
+        saved = read_run_config(checkpoints, step)
+    return saved, checkpoints / str(chosen), notes_on_config_file(run_dir, saved, "the checkpoint's own copy is used")

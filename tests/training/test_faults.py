@@ -239,9 +239,10 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(runs, whole,
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     n_metrics = sum(len(line) for line in lines if json.loads(line)["step"] <= STEPS - 4)
     n_arrays = max(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*"))
-    room = n_metrics + 5000
+    room = n_metrics + 4000
     assert room < n_arrays // 4, (
-        "there is room for metrics when there is none for arrays, however they are cut into files"
+        "there is room for metrics when there is none for arrays, however they are cut into files, but for the more steps "
+        "of JAXMEM_KILLS: leave that away"
     )
 
     def told(n_bytes: int) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmem import cli
-from jaxmem.checkpoints import CheckpointStore
+from jaxmem.checkpoints import CheckpointConfig, CheckpointStore
 from jaxmem.config import to_json
 from jaxmem.training.experiment import load_experiment
 from jaxmem.training.own_code import import_file, keep_code
@@ -177,6 +177,21 @@ def test_a_class_in_a_function_is_refused_before_training():
 def test_a_file_is_run_once(run_dir):
     path = run_dir / "code" / "own_helper.py"
     assert import_file(path) is import_file(path), "a second time, it could not make its folder"
+
+
+@pytest.mark.parametrize("in_checkpoint", [False, True])
+def test_a_class_that_this_version_lacks_is_told_with_where_it_stands(in_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    config = {"type": "jaxmem.training.experiment.FutureConfig"}
+    if in_checkpoint:
+        with CheckpointStore(Path("run", "checkpoints"), CheckpointConfig(), config) as store:
+            store.save(4, {"params": jnp.ones(2)}, {})
+    Path("run").mkdir(exist_ok=True)
+    Path("run", "config.json").write_text(json.dumps(config))
+    assert generate() == 2
+    where = "run/checkpoints/4" if in_checkpoint else "run/config.json"
+    assert capsys.readouterr().err.startswith(f"jaxmem: {where}: config: needs ")
 
 
 @pytest.mark.slow
