@@ -2,7 +2,8 @@
 
 Slow: each is a process that compiles. The full proof is 60 kills, on steps compiled as for use, and 20 full disks:
 
-    JAXMEM_KILLS=60 JAXMEM_FULL_DISKS=20 pytest -m slow tests/training/test_faults.py -k "kill_9 or full_disk" -s
+    JAXMEM_KILLS=60 pytest -m slow tests/training/test_faults.py -k kill_9 -s
+    JAXMEM_FULL_DISKS=20 pytest -m slow tests/training/test_faults.py -k full_disk -s
 """
 
 import dataclasses
