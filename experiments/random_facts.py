@@ -1,7 +1,7 @@
 """Do memories store more than feed-forwards that cost as much? Random facts, learned by heart.
 
     python experiments/random_facts.py                  # 6 to 8 minutes on two CPU cores
-    python experiments/random_facts.py --quick          # some seconds, to see that it runs
+    python experiments/random_facts.py --quick          # about a minute, to see that it runs
 
 A fact is a subject of two bytes and a random byte: 8 bits that follow from nothing, so that a model's cross-entropy says how
 many of them it has: facts x 8 bits - the sum of what each costs (Allen-Zhu and Li 2024, Physics of Language Models 3.3, arXiv
@@ -211,6 +211,10 @@ def as_markdown(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def thousands(n: float) -> str:
+    return f"{n / 1000:.0f}k" if n >= 10_000 else f"{n:,.0f}"
+
+
 def draw_plot(found: dict, path: Path) -> None:
     """Bits stored, and bits per parameter read, over the bits there are."""
     import matplotlib
@@ -231,15 +235,17 @@ def draw_plot(found: dict, path: Path) -> None:
             left.plot(BITS * result["facts"], result["bits"], marker=marker, color=color, alpha=0.35, linestyle="")
     for axes, title in ((left, "bits stored"), (right, "bits stored per parameter read")):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(there, [f"{n / 1000:.0f}k" for n in there])
+        axes.set_xticks(there, list(map(thousands, there)))
         axes.set(xlabel="bits in the facts", ylabel=title)
         axes.grid(alpha=0.3)
     left.set_yscale("log", base=2)
-    ticks = [2**power for power in range(10, 21) if min(there) / 2 <= 2**power <= 2 * max(there)]
-    left.set_yticks(ticks, [f"{tick / 1000:.0f}k" for tick in ticks])
-    left.set_ylim(min(there) / 1.5, max(there) * 1.5)
+    stored = [result["bits"] for result in found["results"] if result["bits"] > 0]
+    least, most = min([*there, *stored]) / 1.5, max(there) * 1.5
+    left.set_ylim(least, most)
+    ticks = [2**power for power in range(21) if least <= 2**power <= most]
+    left.set_yticks(ticks, list(map(thousands, ticks)))
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
-    most = [f"{max(mean_bits(found, name).values()) / 1000:.0f}k in a {name}" for name in found["models"]]
+    most = [f"{thousands(max(mean_bits(found, name).values()))} in a {name}" for name in found["models"]]
     steps = f"{found['options']['steps']:,} steps of equal compute"
     figure.suptitle(f"The most random bits stored in {steps}: {', '.join(most)}")
     figure.savefig(path, dpi=110)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import shlex
 import shutil
 import textwrap
 import types
@@ -124,11 +125,15 @@ def _read(command: Command, words: list[str]) -> dict[tuple[str | int, ...], Any
             said[option.path] = flag
             continue
         else:
-            n = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
+            n = next((i for i, word in enumerate(rest) if re.match(r"--[a-zA-Z]", word)), len(rest))
             n = n if _is_tuple(option.kind) else min(n, 1)
+            if not n and not _is_tuple(option.kind):
+                got = f"{rest[0]!r}, which reads like an option" if rest else "none"
+                form = f", or write {word}={shlex.quote(rest[0])} if it is the value" if rest else ""
+                raise ValueError(
+                    f"{command.name}: needs a value after {word}, got {got}; give {describe(option.kind)}{form}"
+                )
             values, rest = rest[:n], rest[n:]
-            if not values and not _is_tuple(option.kind):
-                raise ValueError(f"{command.name}: needs a value after {word}, got none; give {describe(option.kind)}")
         said[option.path] = check(command.name, word.partition("=")[0], convert(values, option.kind), option.kind)
     if positional:
         name, _ = positional[0]

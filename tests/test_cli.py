@@ -138,19 +138,22 @@ def test_info_makes_no_array(folder):
         ("info quikstart", "did you mean quickstart"),
         (
             "table info empty",
-            "table .*/empty: needs a directory made by TableStore.create, got one without manifest.ocdbt; ",
+            "table .*/empty: needs a directory made by .*jaxmem table create.*, got one without manifest.ocdbt; ",
         ),
         ("table create new --rows 9", "table create: needs --rows and --width, got --rows 9; say how many"),
         (
             "table create new --rows 9 --width 4 --dtype int8",
-            "table: needs dtype to be one of float32, .* for stddev, got",
+            "table: needs dtype to be one of float32, .* in rows that begin as drawn numbers, got",
         ),
         ("table grow empty", "table grow: needs --rows, got none; say how many"),
-        ("info nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
-        ("train nowhere.py", "experiment: needs a Python file, got 'nowhere.py'; name one"),
+        ("info nowhere.py", "experiment: needs a Python file, got 'nowhere.py', which is not there; name one"),
+        ("train nowhere.py", "experiment: needs a Python file, got 'nowhere.py', which is not there; name one"),
         ("train tiny", "train: needs an experiment file that ends in .py, got 'tiny'; name one"),
         ("plan tiny --tpu v5p", "plan: needs an experiment file that ends in .py, got 'tiny'; name one"),
-        ("plan nowhere.py --tpu v5p", "experiment: needs a Python file, got 'nowhere.py'; name one"),
+        (
+            "plan nowhere.py --tpu v5p",
+            "experiment: needs a Python file, got 'nowhere.py', which is not there; name one",
+        ),
         (
             "train wrong.py",
             r"experiment: needs a function config\(\) that returns a TrainConfig, got none in 'wrong.py'",
@@ -241,6 +244,7 @@ def test_a_command_by_itself_is_its_help_and_the_version_is_told(capsys):
         ("--model.pattern.1.window None", "model.pattern.1.window", None),
         ("--mesh.table-columns data fsdp", "mesh.table_columns", ("data", "fsdp")),
         ("--sample-prompt=--no", "sample_prompt", "--no"),
+        ("--sample-prompt --- --steps 3", "sample_prompt", "---"),
     ],
 )
 def test_options_become_fields(words, path, value, folder, monkeypatch, capsys):
@@ -275,6 +279,10 @@ def test_options_become_fields(words, path, value, folder, monkeypatch, capsys):
             "to be set in the experiment file, got --model.pattern.1.sch",
         ),
         ("train tiny.py --steps", "train: needs a value after --steps, got none; give an integer >= 1"),
+        (
+            "train tiny.py --sample-prompt --steps 3",
+            "got '--steps', which reads like an option; give a string, or write --sample-prompt=--steps if it is the value",
+        ),
         ("train tiny.py --steps 1.5", "train: needs --steps to be an integer >= 1, got --steps=1.5; change it"),
         ("train tiny.py --sample-tokens -1", "needs --sample-tokens to be an integer >= 0, got --sample-tokens=-1"),
         ("train tiny.py --steps 1 --steps 2", "train: needs each option once, got --steps again; leave one out"),
@@ -298,7 +306,7 @@ def test_another_run_in_the_folder(folder, capsys):
     Path("run").mkdir()
     Path("run", "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 5.0}\n')
     assert run("train", "tiny.py", "--out", "run") == 2
-    assert "needs a new folder for a new run, got 'run' with one in it; add --resume" in capsys.readouterr().err
+    assert "needs a new folder for a new run, got 'run', where one has begun; add --resume" in capsys.readouterr().err
     config = json.dumps({"steps": 12, "seed": 7})
     Path("run", "config.json").write_text(config)
     assert run("train", "tiny.py", "--out", "run", "--resume") == 2
@@ -323,7 +331,7 @@ def test_generate_continues_a_prompt_and_passes_over_a_truncated_checkpoint(writ
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("generate empty", "run: needs a folder with a run, got 'empty' without config.json; name the --out of"),
+        ("generate empty", "run: needs a folder with a run, got 'empty', which has no config.json; name the --out of"),
         ("generate run --step 7", r"checkpoints in run/checkpoints: needs one of the steps \[1, 2\], got step=7"),
         (
             "generate run --prompt memories --capacity 6",
@@ -450,6 +458,9 @@ def test_no_room_for_what_is_printed(monkeypatch, capsys):
 
 def test_a_value_that_is_a_file_is_no_experiment(folder, capsys):
     Path("other.py").write_text("1 / 0")
+    Path("somewhere.py").write_text("")
+    assert cli.main(["train", "somewhree.py"]) == 2
+    assert capsys.readouterr().err.endswith("got 'somewhree.py', which is not there; did you mean somewhere.py?\n")
     assert cli.main(["train", "--sample-prompt", "other.py", "nowhere.py"]) == 2
     assert "needs a Python file, got 'nowhere.py'" in capsys.readouterr().err
 

@@ -40,7 +40,7 @@ class RowArray:
     def __post_init__(self):
         known = DTYPES if self.stddev is None else tuple(_NEVER_WRITTEN)
         if self.dtype not in known:
-            drawn = "" if self.stddev is None else " for stddev"
+            drawn = "" if self.stddev is None else " in rows that begin as drawn numbers"
             raise ValueError(
                 f"table: needs dtype to be one of {', '.join(known)}{drawn}, got dtype={self.dtype!r}; change it"
             )

@@ -62,8 +62,10 @@ class TableStore:
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory).expanduser().resolve()
         if not (self.directory / MANIFEST).is_file():
+            missing = f"one without {MANIFEST}" if self.directory.is_dir() else "no directory"
             raise self._wrong(
-                f"needs a directory made by TableStore.create, got one without {MANIFEST}; make it, or name another"
+                f"needs a directory made by TableStore.create or `jaxmem table create`, got {missing}; "
+                "make it, or name another"
             )
         self._versions = Versions(self.directory)
         self._forget()
@@ -344,7 +346,9 @@ class TableStore:
         except Exception as error:
             raise self._damaged(error) from error
         if not text:
-            raise self._wrong("needs a directory made by TableStore.create, got other data; name it")
+            raise self._wrong(
+                "needs a directory made by TableStore.create or `jaxmem table create`, got other data; name it"
+            )
         if (about := unsealed(text)) is None:
             raise self._damaged(ValueError(f"{_ABOUT} with another checksum"))
         return about

@@ -50,6 +50,8 @@ class Statistics:
     """Of the whole state, the same from the first token to the last."""
     prefill_s: float = 0.0
     """Seconds to read the prompt, its last token excepted; with compilation, where the program is new."""
+    compiled: bool = False
+    """Whether the program that reads was new."""
     n_tokens: int = 0
     """Tokens made so far."""
     decode_s: float = 0.0
@@ -64,6 +66,7 @@ class Statistics:
         return (
             f"{self.n_tokens:,} tokens, {self.tokens_per_s:,.1f} tokens/s; state {self.state_bytes:,} bytes; "
             f"prompt of {self.prompt_tokens:,} tokens read in {self.prefill_s:.2f} s"
+            + (", compilation included" if self.compiled else "")
         )
 
 
@@ -124,12 +127,12 @@ def generate(
     statistics = Statistics(prompt.size, state_bytes(on_mesh(jax.eval_shape, empty)))
 
     def tokens() -> Iterator[int]:
-        start_s = time.perf_counter()
+        start_s, n_programs = time.perf_counter(), _read._cache_size()
         state = on_mesh(empty)
         for piece, segment_ids in _pieces(prompt[:-1]):
             state = on_mesh(_read, model, state, piece, segment_ids)
         jax.block_until_ready(state)
-        statistics.prefill_s = time.perf_counter() - start_s
+        statistics.prefill_s, statistics.compiled = time.perf_counter() - start_s, _read._cache_size() > n_programs
 
         last, index, may, key = on_mesh(
             jax.device_put, (prompt[-1:], np.int32(prompt.size), allowed, jax.random.key(seed))

@@ -51,6 +51,7 @@ def preset(name: str) -> DecoderConfig:
     24
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=2, cutoff=0.3) or sorted(PRESETS)
-        raise ValueError(f"preset: needs one of {', '.join(PRESETS)}, got {name!r}; did you mean {' or '.join(near)}?")
+        near = difflib.get_close_matches(name, PRESETS, n=2)
+        advice = f"did you mean {' or '.join(near)}?" if near else "or name an experiment file, which ends in .py"
+        raise ValueError(f"preset: needs one of {', '.join(PRESETS)}, got {name!r}; {advice}")
     return PRESETS[name]()

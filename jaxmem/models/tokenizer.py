@@ -8,6 +8,7 @@ import codecs
 import errno
 import operator
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
@@ -79,7 +80,9 @@ def _as_bytes(text: bytes | str) -> bytes:
     """Valid UTF-8 of either kind of text; a lone surrogate in a str is as undecodable as a stray byte."""
     if not isinstance(text, bytes | str):
         raise ValueError(f"tokenizer: needs text, str or bytes, got {text!r}; give some, or '' for none")
-    return replace_undecodable(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+    if isinstance(text, bytes):
+        return replace_undecodable(text)
+    return re.sub("[\ud800-\udfff]", REPLACEMENT, text).encode()
 
 
 def _known_ids(tokenizer: Tokenizer, ids: Iterable[SupportsIndex]) -> list[int]:

@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
     """
     found = importlib.util.find_spec("libtpu")
     if found is None:
-        raise RuntimeError("tpu compiler: needs the package libtpu, got none; pip install libtpu")
+        raise RuntimeError("tpu compiler: needs the package libtpu, got none; pip install 'jaxmem[tpu-compiler]'")
     return {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_PLATFORMS": "cpu",

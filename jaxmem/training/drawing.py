@@ -104,7 +104,7 @@ def fit(axes: Axes, values: Sequence[float] | np.ndarray) -> None:
 def plain_log_ticks(axes: Axes) -> None:
     """Numbers such as 0.02 and 300 in place of powers; between the decades only where these are few."""
     low, high = axes.get_ylim()
-    subs = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+    subs = tuple(range(1, 10)) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -131,6 +131,8 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             placed[i] = min(placed[i], placed[i + 1] - LABEL_GAP)
     for height, index in zip(placed, order, strict=True):
         _, text, colour = ends[index]
+        leader = {"transform": axes.transAxes, "color": colour, "linewidth": 0.6, "clip_on": False}
+        axes.plot([1.0, 1.018], [heights[index], height], **leader)
         axes.text(1.02, height, text, transform=axes.transAxes, va="center", color=colour, fontsize=8.5)
 
 

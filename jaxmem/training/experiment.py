@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import os
@@ -72,9 +73,10 @@ def load_experiment(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
-            f"experiment: needs a Python file, got {str(path)!r}; name one, e.g. experiments/quickstart.py"
-        )
+        got = f"{str(path)!r}" + (", a folder" if path.is_dir() else ", which is not there")
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.py")], 1)
+        advice = f"did you mean {path.with_name(near[0])}?" if near else "name one, e.g. experiments/quickstart.py"
+        raise ValueError(f"experiment: needs a Python file, got {got}; {advice}")
     with running(path) as module:
         config = getattr(module, "config", None)
         if inspect.isfunction(config):

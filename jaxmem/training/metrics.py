@@ -158,9 +158,9 @@ def explain_failed_write(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "make room there" if error.errno in NO_ROOM else "correct that"
+        advice = "make room there, and resume" if error.errno in NO_ROOM else "correct that, or name another folder"
         reason = error.strerror or error
-        raise OSError(f"run: needs to write to {path}, got {reason}; {advice}, and resume") from error
+        raise OSError(f"run: needs to write to {path}, got {reason}; {advice}") from error
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -197,15 +197,21 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
 def _set_aside(path: Path, records: list[dict[str, Any]], step: int, drop_steps: int | None) -> list[str]:
     """Keeps the lines of more than `drop_steps` steps after `step` in a file of their own; returns what to tell."""
     last = max((r["step"] for r in records if r["kind"] == "train"), default=0)
     if last < step:
-        return [f"{path} has no lines of steps {last + 1} to {step}: they are lost, the run is not"]
+        return [f"{path} has no lines of {_steps(last + 1, step)}: they are lost, the run is not"]
     later = "".join(_to_line(_to_plain(r)) for r in records if r["step"] > step)
     if last == step or not later:
         return []
-    notes = [f"steps {step + 1} to {last}, which metrics.jsonl has already, are made again"]
+    notes = [
+        f"{_steps(step + 1, last)}, which metrics.jsonl has already, {'are' if last > step + 1 else 'is'} made again"
+    ]
     if drop_steps is not None and last > step + drop_steps:
         other = path.with_name(f"{path.stem}.after_{step}{path.suffix}")
         before = other.read_text(encoding="utf-8") if other.exists() else ""

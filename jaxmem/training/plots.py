@@ -102,7 +102,10 @@ def loss(train: Sequence[Line], evals: Sequence[Line]) -> Chart | None:
     return Chart(
         f"Loss: {values[0]:.2f} to {medians[-1]:.2f} nats per token",
         to_svg(figure, "loss"),
-        "Faint: every step. Bold: running median." + _not_drawn(train, "loss"),
+        "Faint: every step. Bold: running median."
+        + _of_other_text(evals)
+        + _log_scale(axes)
+        + _not_drawn(train, "loss"),
     )
 
 
@@ -127,7 +130,9 @@ def held_out(evals: Sequence[Line], results: Sequence[Line]) -> Chart | None:
         f"Held-out bits per byte: {values[0]:.2f} to {values[-1]:.2f}",
         to_svg(figure, "held_out"),
         f"Lowest at step {steps[best]:,}: {values[best]:.3f}."
-        + (" Grey: compressors on whole files." if results else ""),
+        + (" Grey: compressors on whole files." if results else "")
+        + _of_other_text(evals)
+        + _log_scale(axes),
     )
 
 
@@ -158,7 +163,8 @@ def by_position(evals: Sequence[Line]) -> Chart | None:
     return Chart(
         f"{values[0]:.2f} bits per byte at the start of the context, {values[-1]:.2f} at its end",
         to_svg(figure, "by_position"),
-        "A memory that works keeps falling to the right. Positions are on a logarithmic scale.",
+        "A memory that works falls to the right, but for the noise of few bytes. Positions are on a logarithmic scale."
+        + _of_other_text(evals),
     )
 
 
@@ -214,7 +220,7 @@ def gradient_norm(train: Sequence[Line]) -> Chart | None:
     return Chart(
         f"Gradient norm: median {_to_digits(np.median(values))}, at most {_to_digits(values[peak])}",
         to_svg(figure, "gradient_norm"),
-        f"Largest at step {steps[peak]:,}." + _not_drawn(train, "grad_norm"),
+        f"Largest at step {steps[peak]:,}. The scale is logarithmic." + _not_drawn(train, "grad_norm"),
     )
 
 
@@ -234,10 +240,11 @@ def step_time(train: Sequence[Line]) -> Chart | None:
         medians = curve(axes, wait_steps, 1e3 * wait_s, ORANGE)
         ends.append((medians[-1], "waiting", ORANGE))
     axes.set_ylim(0, top_ms)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     step_axis(axes, steps, "time per step (ms)")
     label_ends(axes, ends)
     n_above = int(np.sum(step_ms > top_ms))
-    above = f" Above the scale: {n_above:,} steps." if n_above else ""
+    above = f" Above the scale: {n_above:,} {'step' if n_above == 1 else 'steps'}." if n_above else ""
     slowest = int(np.argmax(step_s))
     compiled = ", compilation included" if slowest == 0 else ""
     waiting = f", {wait_s.sum() / step_s.sum():.1%} of all time waiting" if len(wait_steps) else ""
@@ -275,6 +282,18 @@ def _series(lines: Iterable[Line], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the lines in which `key` is a finite number."""
     pairs = [(r["step"], r[key]) for r in lines if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
     return np.array([s for s, _ in pairs], dtype=int), np.array([v for _, v in pairs], dtype=float)
+
+
+def _of_other_text(evals: Sequence[Line]) -> str:
+    """On the way a run may evaluate less text than at its end."""
+    sizes = [line["n_bytes"] for line in evals if isinstance(line.get("n_bytes"), int)]
+    if not sizes or min(sizes) == max(sizes):
+        return ""
+    return f" Held out: on {sizes[0]:,} bytes on the way, on {sizes[-1]:,} at the end."
+
+
+def _log_scale(axes: Axes) -> str:
+    return " The scale is logarithmic." if axes.get_yscale() == "log" else ""
 
 
 def _not_drawn(lines: Iterable[Line], key: str) -> str:

@@ -65,7 +65,7 @@ def check_run_dir(run_dir: Path, config: TrainConfig, resume: bool, from_step: i
         return
     if not resume:
         raise ValueError(
-            f"train: needs a new folder for a new run, got {str(run_dir)!r} with one in it; "
+            f"train: needs a new folder for a new run, got {str(run_dir)!r}, where one has begun; "
             "add --resume to go on with it, or name another with --out"
         )
     checkpoints = run_dir / CHECKPOINTS

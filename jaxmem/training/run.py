@@ -46,8 +46,9 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
     """
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_FILE).is_file() and not complete_steps(run_dir / CHECKPOINTS):
+        missing = "which has no config.json" if run_dir.is_dir() else "which is no folder"
         raise ValueError(
-            f"run: needs a folder with a run, got {str(run_dir)!r} without config.json; "
+            f"run: needs a folder with a run, got {str(run_dir)!r}, {missing}; "
             "name the --out of `jaxmem train`, e.g. runs/quickstart"
         )
     saved, where, notes = again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))

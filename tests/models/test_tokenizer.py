@@ -117,7 +117,8 @@ def test_a_long_stream_decodes_a_few_tokens_at_a_time(tmp_path, monkeypatch):
 def test_undecodable_text():
     tokenizer = ByteTokenizer()
     assert tokenizer.decode(tokenizer.encode(b"a\xffb")).decode() == "a\ufffdb"
-    assert tokenizer.decode(tokenizer.encode("a\ud800")).decode() == "a\ufffd\ufffd\ufffd"
+    for lone in ("a\ud800", b"a\xff".decode(errors="surrogateescape")):  # as in a command line that is no UTF-8
+        assert tokenizer.decode(tokenizer.encode(lone)).decode() == "a\ufffd"
     assert list(tokenizer.stream([0x61, 0xC3])) == ["a", "\ufffd"]
 
 

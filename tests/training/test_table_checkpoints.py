@@ -131,7 +131,7 @@ def test_errors(runs):
     shutil.copytree(runs / "touched_tables", run_dir)
     shutil.rmtree(run_dir / "tables" / "table.values")
     with pytest.raises(
-        ValueError, match=r"table .*lost/tables/table.values: needs a directory made by TableStore.create"
+        ValueError, match=r"table .*lost/tables/table.values: needs a directory made by TableStore.create or"
     ):
         load_run(run_dir)
 
