@@ -36,6 +36,7 @@ from jaxmem.sharding.attention import Scheme, sharded_attention
 from jaxmem.sharding.attention_scheme import Shape, chip_of, choose_scheme
 from jaxmem.sharding.folds import n_shards, sequence_axis, spread, total
 from jaxmem.sharding.layouts import own_tokens
+from jaxmem.showing import tree_text
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 
 
@@ -112,6 +113,8 @@ class AttentionState(NamedTuple):
     length: Int[Array, "B"]
     """Tokens of the row seen so far: the index of the next."""
     cursor: Cursor
+
+    __repr__ = tree_text
 
 
 _HEADS = ("batch", "time", "heads", "key")

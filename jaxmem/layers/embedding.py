@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxmem.recurrences.documents import known
 from jaxmem.sharding import ROWS, constrain, local, mesh_axes, param, stored_like
+from jaxmem.showing import Module
 from jaxmem.typing import Array, DTypeLike, Float, Int
 
 TABLE = ("vocab", "embed")
@@ -27,7 +28,7 @@ ROWS_MULTIPLE = 64
 """The table has a multiple of this many rows, so that up to 64 devices split any vocabulary evenly."""
 
 
-class Embedding(nnx.Module):
+class Embedding(Module):
     """table[ids]; the table has `vocab_size` rows, and unused ones up to the next multiple of 64.
 
     >>> embedding = Embedding(100, 8, rngs=nnx.Rngs(0))

@@ -38,6 +38,7 @@ from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.sharding import ROWS, VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.folds import from_last, sequence_axis, spread_like
 from jaxmem.sharding.placement import n_shards_of
+from jaxmem.showing import tree_text
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int
 
 
@@ -116,6 +117,8 @@ class FastWeightState(NamedTuple):
     gate: Float[Array, "B 1"]
     """Of the last token."""
     cursor: Cursor
+
+    __repr__ = tree_text
 
 
 _TOKENS = ("batch", "time")

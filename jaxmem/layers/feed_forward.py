@@ -11,10 +11,11 @@ from flax import nnx
 
 from jaxmem.layers.blockwise import in_blocks
 from jaxmem.sharding import einsum, matrix, param
+from jaxmem.showing import Module
 from jaxmem.typing import Array, Float
 
 
-class SwiGLU(nnx.Module):
+class SwiGLU(Module):
     """y = (silu(x @ gate) * (x @ up)) @ down, in the dtype of x.
 
     >>> layer = SwiGLU(4, 8, rngs=nnx.Rngs(0))

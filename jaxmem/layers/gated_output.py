@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.sharding import VECTOR, constrain, einsum, matrix, param
+from jaxmem.showing import Module
 from jaxmem.typing import Array, Float
 
 _TOKENS = ("batch", "time")
 
 
-class GatedOutput(nnx.Module):
+class GatedOutput(Module):
     """y = W_o (norm(o) * f(W_g x)), or with the gate before the norm, or without either.
 
     Args:

@@ -36,6 +36,7 @@ from jaxmem.layers.product_keys import ProductKeysConfig
 from jaxmem.layers.tucker_keys import TuckerKeysConfig
 from jaxmem.sharding import VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.tables import CHOICES, X
+from jaxmem.showing import Module
 from jaxmem.typing import Array, Bool, Float, Int
 
 Score = Literal["softmax", "relu", "sigmoid", "linear"]
@@ -141,7 +142,7 @@ def ultramem(n_slots: int = 360**2, value_dim: int = 192) -> MemoryConfig:
 _SCORES = ("batch", "time", "heads", None, None)
 
 
-class Memory(nnx.Module):
+class Memory(Module):
     """The layer of the module docstring, in the dtype of x.
 
     >>> config = MemoryConfig(ProductKeysConfig(n_slots=16, n_heads=2, top_k=3, key_dim=8), shared_table=True)

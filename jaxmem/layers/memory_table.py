@@ -11,6 +11,7 @@ from jaxmem.layers.table_reads import LayerReads, record_bag, record_dots
 from jaxmem.sharding import MEMORY, param
 from jaxmem.sharding.rules import Axes
 from jaxmem.sharding.tables import CHOICES, TABLE, bag, dots
+from jaxmem.showing import Module
 from jaxmem.typing import Array, DTypeLike, Float, Int
 
 Activation = Literal["gelu", "relu", "silu"]
@@ -22,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 TableDtype = Literal["float32", "bfloat16"]
 
 
-class MemoryTable(nnx.Module):
+class MemoryTable(Module):
     """The rows of a memory: one value per slot, and for experts one input vector.
 
     >>> MemoryTable(16, 8, rngs=nnx.Rngs(0)).values.shape

@@ -30,6 +30,7 @@ from jaxmem.recurrences.documents import in_int32, known, misplaced, require_pad
 from jaxmem.sharding import constrain, current_rules, local
 from jaxmem.sharding.folds import find_end, from_where, halo, is_first, prefix_fold, sequence_axis, spread
 from jaxmem.sharding.layouts import from_contiguous, to_contiguous
+from jaxmem.showing import Module, tree_text
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
 BROKEN = -1
@@ -43,6 +44,8 @@ class Cursor(NamedTuple):
     """Segment id of the last token seen; 1 before the first; BROKEN for good where padding stood in front of a token."""
     position: Int[Array, "B"]
     """Tokens of that document seen so far: the position of its next token."""
+
+    __repr__ = tree_text
 
 
 class Tokens(NamedTuple):
@@ -104,7 +107,7 @@ class MixerConfig(Protocol):
         ...
 
 
-class SequenceMixer(nnx.Module):
+class SequenceMixer(Module):
     """The part of a call that is the same for all mixers: what comes in is checked, documents are read, calls on nothing
     answered, and rows that broke the contract made NaN. A layer has `empty_state` and `mix`.
     """

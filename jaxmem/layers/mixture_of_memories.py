@@ -52,6 +52,7 @@ from jaxmem.recurrences.engine import chunks, steps
 from jaxmem.recurrences.streams import Documents
 from jaxmem.sharding import einsum, local, matrix, param
 from jaxmem.sharding.folds import from_last, n_shards, prefix_fold, sequence_axis, spread, spread_like, total
+from jaxmem.showing import tree_text
 from jaxmem.typing import Array, Bool, DTypeLike, Float, Int, Shaped
 
 
@@ -120,6 +121,8 @@ class MixtureState(NamedTuple):
     last: Arrays
     """The last x [B 1 D], if a projection reads it."""
     cursor: Cursor
+
+    __repr__ = tree_text
 
 
 class RouterUse(NamedTuple):

@@ -14,10 +14,11 @@ from flax import nnx
 
 from jaxmem.sharding import VECTOR, constrain, param
 from jaxmem.sharding.rules import Axes
+from jaxmem.showing import Module
 from jaxmem.typing import Array, Float
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(Module):
     """y = x / sqrt(mean(x^2) + eps) * scale over the last dimension of x.
 
     Reference: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv:1910.07467, eq. 4.
@@ -47,7 +48,7 @@ class RMSNorm(nnx.Module):
         return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(Module):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last dimension of x.
 
     Reference: Ba et al. 2016, Layer Normalization, arXiv:1607.06450, eq. 4.

@@ -35,6 +35,7 @@ from jaxmem.algebra.topk import TopK
 from jaxmem.fields import Bounds, Count, checked
 from jaxmem.layers.norm import LayerNorm, RMSNorm
 from jaxmem.sharding import ROWS, VECTOR, einsum, matrix, param
+from jaxmem.showing import Module
 from jaxmem.typing import Array, Float
 
 Norm = Literal["none", "rms", "layer"]
@@ -168,7 +169,7 @@ def product_top_k(
 _QUERY = ("batch", "time", "heads", None, "key")
 
 
-class ProductKeys(nnx.Module):
+class ProductKeys(Module):
     """Scores of all sub-keys of every head, in fp32: what `product_top_k` selects from.
 
     >>> keys = ProductKeys(ProductKeysConfig(n_slots=9, n_heads=2, top_k=4, key_dim=8), 16, rngs=nnx.Rngs(0))

@@ -29,6 +29,7 @@ from jaxmem.sharding import VECTOR, constrain, einsum, local, matrix, param
 from jaxmem.sharding.folds import spread_like
 from jaxmem.sharding.kinds import Kind
 from jaxmem.sharding.rules import Axes
+from jaxmem.showing import Module, tree_text
 from jaxmem.typing import Array, DTypeLike, Float, Initializer, Int, PRNGKeyArray, PyTree, Shaped
 
 Arrays = dict[str, Array]
@@ -207,7 +208,7 @@ class HeadsConfig(RecurrentConfig):
 _TOKENS = ("batch", "time")
 
 
-class Projections(nnx.Module):
+class Projections(Module):
     """All projections of x, for one memory or for several; [*tokens, *shape] or [*tokens, M, *shape] each."""
 
     def __init__(self, config: RecurrentConfig, d_model: int, *, n_memories: int | None = None, rngs: nnx.Rngs):
@@ -289,6 +290,8 @@ class RecurrentState(NamedTuple):
     last: Arrays
     """The last x [B 1 D], if a projection reads it."""
     cursor: Cursor
+
+    __repr__ = tree_text
 
 
 class Recurrent(SequenceMixer):

@@ -17,6 +17,7 @@ from jaxmem.fields import Bounds, checked
 from jaxmem.layers.mixer import Call, Cursor, SequenceMixer, init_cursor, place_state
 from jaxmem.sharding import VECTOR, constrain, local, param
 from jaxmem.sharding.folds import find_end, from_where, halo, is_first, sequence_axis, spread
+from jaxmem.showing import tree_text
 from jaxmem.typing import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 
@@ -101,6 +102,8 @@ class ShortConvolutionState(NamedTuple):
     history: Float[Array, "B W-1 D"]
     """The last inputs."""
     cursor: Cursor
+
+    __repr__ = tree_text
 
 
 _STATE_AXES = ShortConvolutionState(("batch", "tap", "embed"), Cursor(("batch",), ("batch",)))

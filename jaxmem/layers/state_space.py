@@ -25,6 +25,7 @@ from jaxmem.layers.recurrent import Arrays, Parameter, Projection, RecurrentConf
 from jaxmem.recurrences import state_space
 from jaxmem.recurrences.streams import Streams
 from jaxmem.sharding import VECTOR, einsum, matrix, param
+from jaxmem.showing import Module
 from jaxmem.typing import Array, DTypeLike, Float, PRNGKeyArray
 
 
@@ -122,7 +123,7 @@ def _of_channels(d_model: int) -> dict[str, Parameter]:
     return {"log_dt": Parameter(_init_log_dt, *channels), "d": Parameter(nnx.initializers.ones, *channels)}
 
 
-class GatedLinearUnit(nnx.Module):
+class GatedLinearUnit(Module):
     """y = W_1 u * sigmoid(W_2 u), u = gelu(o)."""
 
     def __init__(self, d_model: int, *, rngs: nnx.Rngs):

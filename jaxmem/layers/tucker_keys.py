@@ -39,6 +39,7 @@ from jaxmem.algebra.topk import TopK
 from jaxmem.fields import Count
 from jaxmem.layers.product_keys import Norm, ProductKeysConfig, make_norm
 from jaxmem.sharding import ROWS, VECTOR, constrain, einsum, local, matrix, param
+from jaxmem.showing import Module
 from jaxmem.typing import Array, Float, Int
 
 Search = Literal["square", "signed", "reference"]
@@ -190,7 +191,7 @@ _QUERY = ("batch", "time", "heads", None, "key")
 _SCORES = ("batch", "time", "heads", None, None)
 
 
-class TuckerKeys(nnx.Module):
+class TuckerKeys(Module):
     """What `tucker_top_k` selects from, in fp32: 2 + 2 r numbers of every sub-key of every head.
 
     >>> keys = TuckerKeysConfig(n_slots=9, n_heads=2, top_k=3, key_dim=8).make(16, rngs=nnx.Rngs(0))

@@ -30,6 +30,7 @@ from jaxmem.layers.embedding import token_ids
 from jaxmem.layers.memory_table import Activation, MemoryTable, table_to_read
 from jaxmem.layers.memory_usage import slot_weights
 from jaxmem.sharding import local
+from jaxmem.showing import Module
 from jaxmem.typing import Array, Bool, Float, Int
 
 
@@ -132,7 +133,7 @@ def balanced_routing(counts: tuple[int, ...] | np.ndarray, n_experts: int) -> tu
     return tuple(routing.tolist())
 
 
-class WordExperts(nnx.Module):
+class WordExperts(Module):
     """The layer of the module docstring, in the dtype of x.
 
     >>> layer = WordExpertsConfig(n_experts=4, d_expert=3).make(8, rngs=nnx.Rngs(0))

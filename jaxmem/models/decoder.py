@@ -25,6 +25,7 @@ from jaxmem.recurrences.documents import in_int32, require_padding_behind
 from jaxmem.sharding import ROWS, constrain, current_rules, einsum, param
 from jaxmem.sharding.kinds import is_memory
 from jaxmem.sharding.layouts import lay_out, restore
+from jaxmem.showing import Module
 from jaxmem.typing import Array, DTypeLike, Float, Int, PyTree
 
 Remat = Literal["nothing", "dots", "block"]
@@ -102,7 +103,7 @@ class DecoderConfig:
         return Decoder(self, rngs=rngs)
 
 
-class Block(nnx.Module):
+class Block(Module):
     """One layer: a mixer and a feed-forward (or memory, or both), each behind a norm and beside a residual."""
 
     def __init__(self, mixer: MixerConfig, memory: MemoryLike, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -133,7 +134,7 @@ class Block(nnx.Module):
         return x, state, use
 
 
-class Decoder(nnx.Module):
+class Decoder(Module):
     """Token ids in, hidden vectors out; `head` turns hidden vectors into logits. States go in and out as in a mixer.
 
     The state is a tuple with one entry per place of the pattern, each a mixer's state stacked over the repeats.

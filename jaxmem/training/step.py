@@ -23,6 +23,7 @@ from jaxmem.layers.mixture_of_memories import MixtureState, load_balancing_loss
 from jaxmem.layers.tucker_keys import rank_penalty
 from jaxmem.models.decoder import Decoder, DecoderConfig
 from jaxmem.sharding import constrain
+from jaxmem.showing import tree_text
 from jaxmem.training.data import Batch
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.optimizer import group_norms, make_optimizer, make_schedule
@@ -68,6 +69,8 @@ class TrainState(NamedTuple):
     """Updates made."""
     params: nnx.State
     opt_state: PyTree
+
+    __repr__ = tree_text
 
 
 class StepMetrics(NamedTuple):
