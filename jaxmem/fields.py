@@ -22,7 +22,7 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import numpy as np
 
@@ -67,8 +67,10 @@ NonNegative = Annotated[float, Bounds("[0, inf)")]
 Fraction = Annotated[float, Bounds("[0, 1]")]
 Decay = Annotated[float, Bounds("[0, 1)")]
 
+_Config = TypeVar("_Config")
 
-def checked(cls: type) -> type:
+
+def checked(cls: type[_Config]) -> type[_Config]:
     """Below `@dataclasses.dataclass(frozen=True)`: its fields are checked before its own `__post_init__`."""
     own = getattr(cls, "__post_init__", None)
 
@@ -77,7 +79,7 @@ def checked(cls: type) -> type:
         if own is not None:
             own(self)
 
-    cls.__post_init__ = __post_init__
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     return cls
 
 

@@ -1,0 +1,1 @@
+"""Models: a decoder from a pattern of blocks, presets, their cost, tokenizers, generation."""

@@ -1,13 +1,16 @@
 """What a decoder costs, without building it: parameters by part, state bytes per sequence, FLOPs per token."""
 
 import dataclasses
+import io
 import math
 from collections import Counter
 
 import jax
 from flax import nnx
 
+from jaxmem.fields import Count, check
 from jaxmem.models.decoder import Decoder, DecoderConfig
+from jaxmem.models.presets import preset
 from jaxmem.typing import PyTree
 
 
@@ -91,6 +94,42 @@ def _part(path, config: DecoderConfig) -> str:
 def _name(mixer) -> str:
     words = type(mixer).__name__.removesuffix("Config")
     return "".join(f" {c.lower()}" if c.isupper() else c for c in words).strip()
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Summary:
+    """What `summary` found; shown as a table."""
+
+    name: str
+    config: DecoderConfig
+    cost: Cost
+    context_tokens: int
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=100)
+        with console.capture() as shown:
+            console.print(table(self.name, self.config, self.cost, self.context_tokens))
+        return "\n".join(line.rstrip() for line in shown.get().splitlines())
+
+
+def summary(model: Decoder | DecoderConfig | str, context_tokens: int = 2048) -> Summary:
+    """What a decoder costs, as a table; nothing is built or compiled.
+
+    Args:
+      model: one, its config, or the name of a preset.
+      context_tokens: of the state of growing caches and of FLOPs.
+
+    >>> print(summary("quickstart", 512).cost.n_parameters)
+    1058056
+    """
+    name = model if isinstance(model, str) else "decoder"
+    config = preset(model) if isinstance(model, str) else model.config if isinstance(model, Decoder) else model
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"summary: needs a decoder, its config or a preset's name, got {config!r}; pass one of these")
+    context_tokens = check("summary", "context_tokens", context_tokens, Count)
+    return Summary(name, config, account(config, context_tokens), context_tokens)
 
 
 def table(name: str, config: DecoderConfig, cost: Cost, context_tokens: int):

@@ -1,0 +1,1 @@
+"""Training: data, step, loop, optimisers, checkpoints of a run, metrics, report."""
