@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAXMEM_PROGRAMS"] = "off"  # nothing comes from, or is left in, the user's cache folder
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Unoptimised code compiles faster; what tests ask is no matter of optimisation. The caller's flags stand last and win.
     os.environ["XLA_FLAGS"] = " ".join(

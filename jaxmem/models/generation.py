@@ -37,6 +37,9 @@ NOT_A_TOKEN = -1
 ENDLESS_TOKENS = 1 << 40
 """More than any window holds."""
 
+LEAST_CAPACITY = 256
+"""Of a cache that grows, if nobody says another."""
+
 Item = TypeVar("Item", int, str)
 
 
@@ -98,8 +101,8 @@ def generate(
       prompt_ids: the tokens to continue, BOS included; at least one.
       max_tokens: tokens to make, >= 1.
       seed: of the draws.
-      capacity: tokens that caches without a window hold; None is prompt + max_tokens. One capacity for many prompts
-        compiles once. Models whose state does not grow take no notice of it.
+      capacity: tokens that caches without a window hold; None is prompt + max_tokens, rounded up so that prompts of
+        similar lengths share their programs. Models whose state does not grow take no notice of it, and compile once.
       stop_ids: tokens that end the text; the one that does is not among those given out.
       allowed: tokens that may be drawn; None is all.
 
@@ -124,7 +127,7 @@ def generate(
     on_mesh = _with_whole_batch()
     capacity = on_mesh(_checked_capacity, model, prompt.size, max_tokens, capacity)
     empty = functools.partial(_empty, model, capacity=capacity)
-    statistics = Statistics(prompt.size, state_bytes(on_mesh(jax.eval_shape, empty)))
+    statistics = Statistics(prompt.size, state_bytes(on_mesh(_shapes, model, capacity)))
 
     def tokens() -> Iterator[int]:
         start_s, n_programs = time.perf_counter(), _read._cache_size()
@@ -206,6 +209,11 @@ def state_bytes(state: PyTree) -> int:
     32
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _shapes(model: Decoder, capacity: int) -> PyTree:
+    """Of the state of one row."""
+    return jax.eval_shape(lambda: model.init_state(1, capacity=capacity))
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -291,11 +299,12 @@ def _checked_allowed(allowed: Bool[np.ndarray, "Vocab"] | None, vocab_size: int)
 
 
 def _checked_capacity(model: Decoder, prompt_tokens: int, max_tokens: int, capacity: int | None) -> int:
-    """The tokens that growing caches shall hold: the capacity, if it is enough or if nothing grows what is needed."""
+    """The tokens that growing caches shall hold: the capacity, if it is enough, or what is needed, rounded up."""
     needed = prompt_tokens + max_tokens
-    shapes = lambda capacity: jax.eval_shape(functools.partial(_empty, model, capacity=capacity))
-    if capacity is None or shapes(ENDLESS_TOKENS) == shapes(ENDLESS_TOKENS + 1):
-        return needed
+    if _shapes(model, ENDLESS_TOKENS) == _shapes(model, ENDLESS_TOKENS + 1):
+        return ENDLESS_TOKENS
+    if capacity is None:
+        return _rounded_up(needed)
     if capacity < needed:
         longer = (
             "the prompt alone is longer than the cache" if prompt_tokens > capacity else "the text would outgrow it"
@@ -306,3 +315,13 @@ def _checked_capacity(model: Decoder, prompt_tokens: int, max_tokens: int, capac
             "shorten the prompt, or lower max_tokens"
         )
     return capacity
+
+
+def _rounded_up(n_tokens: int) -> int:
+    """To the next of 256, 320, 384, 448, 512, 640, ...: by a quarter at most, and every octave has four.
+
+    >>> [_rounded_up(n) for n in (1, 256, 257, 511, 513, 5000)]
+    [256, 256, 320, 512, 640, 5120]
+    """
+    quarter = max(2 ** ((n_tokens - 1).bit_length() - 3), 64)
+    return max(-(-n_tokens // quarter) * quarter, LEAST_CAPACITY)

@@ -20,6 +20,7 @@ from rich.console import Console
 from jaxmem.checkpoints import CheckpointError, CheckpointStore
 from jaxmem.config import to_json
 from jaxmem.models.tokenizer import Tokenizer
+from jaxmem.programs import keep_programs, timed
 from jaxmem.sharding import make_mesh, use_mesh
 from jaxmem.sharding.rings import compiler_options
 from jaxmem.sharding.rules import rules_of
@@ -92,6 +93,7 @@ def train(
       CheckpointError: a checkpoint could not be written; earlier ones are intact.
     """
     run_dir = Path(run_dir)
+    keep_programs()
     agree(lambda: run_facts(config, run_dir, resume) | {"--from-step": from_step})
     tokenizer = tokenizer_to_train_with(config.data.tokenizer, run_dir, resume)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -237,12 +239,17 @@ class _Run:
         Returns the state, the evaluation of that state if there was one, and whether a signal stopped it.
         """
         config, clock, pending, evaluation, stopping = self.config, Clock(), None, None, False
-        step = int(state.step)
+        step = first = int(state.step)
         while step < config.steps and not stopping:
             batch = next(batches)
             placed = jax.tree.map(lambda rows: self.place(self.parts(rows)), shifted(batch))
             clock.dispatch(idle=pending is None or pending[1].finite.is_ready())
-            state, told = self.train_step(state, placed)
+            if step == first:
+                with timed() as compiling:
+                    state, told = self.train_step(state, placed)
+                progress.say(f"the training step was {compiling}")
+            else:
+                state, told = self.train_step(state, placed)
             step += 1
             if pending is not None:
                 self.tell(*pending, clock, metrics, progress)

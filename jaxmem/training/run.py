@@ -10,6 +10,7 @@ from flax import nnx
 from jaxmem.checkpoints import Restored, again_if_gone, complete_steps, load_checkpoint, read_run_config
 from jaxmem.models.decoder import Decoder
 from jaxmem.models.tokenizer import Tokenizer
+from jaxmem.programs import keep_programs
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.identity import check_tokenizer, tokenizer_of_run
 from jaxmem.training.own_code import read_own
@@ -45,6 +46,7 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
       CheckpointError: no intact checkpoint.
     """
     run_dir = Path(run_dir)
+    keep_programs()
     if not (run_dir / CONFIG_FILE).is_file() and not complete_steps(run_dir / CHECKPOINTS):
         missing = "which has no config.json" if run_dir.is_dir() else "which is no folder"
         raise ValueError(

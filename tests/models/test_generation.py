@@ -74,13 +74,16 @@ def test_the_text_does_not_depend_on_the_pieces_or_on_the_capacity(monkeypatch):
     assert list(generate(model(), ids, max_tokens=20, sampling=WARM)) == pieces
 
 
-def test_two_programs_serve_every_prompt():
-    read, step = generation._read._cache_size(), generation._step._cache_size()
-    fresh = DecoderConfig(8, 8, (AttentionConfig(1, window=4),), vocab_size=VOCAB).make(rngs=nnx.Rngs(1))
+@pytest.mark.parametrize("window", [4, None], ids=["bounded", "growing"])
+def test_three_programs_serve_every_prompt(window):
+    """One makes the empty state, one reads, one takes steps; a cache that grows has room for prompts of similar lengths."""
+    programs = lambda: [f._cache_size() for f in (generation._empty, generation._read, generation._step)]
+    fresh = DecoderConfig(8, 8, (AttentionConfig(1, window=window),), vocab_size=VOCAB).make(rngs=nnx.Rngs(1))
+    before = programs()
     for n_tokens in (1, 7, PIECE, 3 * PIECE):
         for seed in (0, 1):
             list(generate(fresh, prompt(n_tokens), max_tokens=8, seed=seed))
-    assert (generation._read._cache_size(), generation._step._cache_size()) == (read + 1, step + 1)
+    assert programs() == [n + 1 for n in before]
 
 
 def test_the_seed_decides_and_a_longer_text_starts_as_the_shorter():
