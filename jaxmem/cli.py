@@ -3,8 +3,10 @@
 import contextlib
 import difflib
 import inspect
+import json
 import logging
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -286,6 +288,10 @@ def generate(
     run: str,
     /,
     prompt: str = "",
+    prompt_file: str | None = None,
+    prompts: str | None = None,
+    stop: tuple[str, ...] = (),
+    escapes: bool = False,
     max_tokens: Count = 256,
     temperature: NonNegative = 0.8,
     top_k: Count | None = None,
@@ -300,16 +306,31 @@ def generate(
     Args:
         run: Folder of a run.
         prompt: Text to continue.
+        prompt_file: File whose whole text is to be continued; - is standard input.
+        prompts: File with one prompt per line, or -; continued all at once, and printed as lines of JSON.
+        stop: Texts before which the text ends.
+        escapes: Read \\n, \\t, \\\\ and \\u00e9 in prompts and stops as what they stand for.
         max_tokens: Tokens to write.
         temperature: Of the softmax; 0 always takes the likeliest token.
         top_k: Sample from so many likeliest tokens only.
         top_p: Sample from the likeliest tokens that together have this probability.
-        seed: Of the sampling.
-        capacity: Tokens that growing caches hold; prompt and text together if not given.
+        seed: Of the sampling; of several prompts each has the next.
+        capacity: Tokens that growing caches hold; prompt and text together, and a little more, if not given.
         step: Checkpoint to use; the newest if not given.
         import_: Python files to run first, which define classes of the run's model that are not jaxmem's, e.g. RUN/code/x.py.
     """
-    from jaxmem.models.generation import generate_text
+    if sum(given not in ("", None) for given in (prompt, prompt_file, prompts)) > 1:
+        raise ValueError(
+            "generate: needs one of --prompt, --prompt-file and --prompts, got several; leave the others out"
+        )
+    read = _unescaped if escapes else str
+    stop = tuple(map(read, stop))
+    if prompt_file is not None:
+        prompt = _text(prompt_file)
+    several = None if prompts is None else [read(line) for line in _text(prompts).splitlines()]
+    if several == []:
+        raise ValueError(f"generate: needs a prompt on a line of {prompts!r}, got an empty file; write one")
+    from jaxmem.models.generation import generate_text, generate_texts
     from jaxmem.models.sampling import SamplingConfig
     from jaxmem.training.run import load_run
 
@@ -319,15 +340,14 @@ def generate(
     loaded = load_run(run, step, import_)
     for note in loaded.notes:
         output.complain(note)
-    text = generate_text(
-        loaded.model,
-        loaded.tokenizer,
-        prompt,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        seed=seed,
-        capacity=capacity,
-    )
+    options = {"max_tokens": max_tokens, "sampling": sampling, "seed": seed, "capacity": capacity, "stop": stop}
+    if several is not None:
+        texts, statistics = generate_texts(loaded.model, loaded.tokenizer, several, **options)
+        for asked, text in zip(several, texts, strict=True):
+            print(json.dumps({"prompt": asked, "text": text}, ensure_ascii=False), flush=True)
+        output.complain(str(statistics))
+        return 0
+    text = generate_text(loaded.model, loaded.tokenizer, prompt := read(prompt), **options)
     print(prompt, end="", flush=True)
     for piece in text:
         print(piece, end="", flush=True)
@@ -335,21 +355,51 @@ def generate(
     return 0
 
 
+def _text(path: str) -> str:
+    """Of a file, or of standard input."""
+    if path == "-":
+        return sys.stdin.buffer.read().decode(errors="replace")
+    try:
+        return Path(path).read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise ValueError(
+            f"generate: needs a file of text, got {path!r} ({error.strerror}); correct the path, or use - for standard input"
+        ) from error
+
+
+def _unescaped(text: str) -> str:
+    r"""
+    >>> _unescaped(r"a\tb\n\u00e9\\\\n")
+    'a\tb\né\\\\n'
+    """
+    named = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
+    pattern = r"\\(?:u([0-9a-fA-F]{4})|([ntr0\\]))"
+    return re.sub(pattern, lambda found: chr(int(found[1], 16)) if found[1] else named[found[2]], text)
+
+
 def info(model: str, /, context: Count = 2048) -> int:
-    """Print what a model costs: parameters by part, state bytes per sequence, FLOPs per token.
+    """Print what a model costs: parameters by part, state bytes per sequence, FLOPs per token; of a run also how it stands.
 
     Args:
-        model: Name of a preset, or an experiment file.
+        model: Name of a preset, an experiment file, or the folder of a run.
         context: Tokens of context for the state of growing caches and for FLOPs.
     """
-    from rich.console import Console
-
     from jaxmem.models import accounting
-    from jaxmem.models.presets import preset
-    from jaxmem.training.experiment import load_experiment
 
-    config = load_experiment(model).model if model.endswith(".py") else preset(model)
-    Console().print(accounting.table(model, config, accounting.account(config, context), context))
+    if os.path.isdir(model):
+        from jaxmem.training.run import describe_run
+
+        config, lines = describe_run(model)
+        print("\n".join(lines), end="\n\n")
+    elif model.endswith(".py"):
+        from jaxmem.training.experiment import load_experiment
+
+        config = load_experiment(model).model
+    else:
+        from jaxmem.models.presets import preset
+
+        config = preset(model)
+    print(accounting.summary(config, context, name=model))
     return 0
 
 

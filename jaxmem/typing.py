@@ -11,7 +11,7 @@ from typing import Any
 
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Complex, Float, Int, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Bool, Complex, Float, Int, Key, PRNGKeyArray, Shaped, UInt32
 
 PyTree = Any
 Initializer = Callable[..., Array]
@@ -24,6 +24,7 @@ __all__ = [
     "Float",
     "Initializer",
     "Int",
+    "Key",
     "PRNGKeyArray",
     "PyTree",
     "Shaped",

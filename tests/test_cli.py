@@ -91,7 +91,7 @@ def in_process(*words, **environment) -> subprocess.CompletedProcess:
             ),
         ),
         (("generate",), ("--prompt", "--temperature", "--capacity", "Folder of a run")),
-        (("info",), ("Name of a preset, or an experiment file", "--context")),
+        (("info",), ("Name of a preset, an experiment file, or the folder", "--context")),
         (("plan", "tiny.py"), ("--tpu  a string  [needed]", "--mesh.seq", "--mesh.layout", "Topology, e.g. v5p:8x8x8")),
         (("kernels",), ("--tpu", "--gpu", "Of a causal sequence")),
     ],
@@ -108,9 +108,11 @@ def test_help(command, words, folder, capsys, monkeypatch):
 def test_info_says_what_a_model_costs(model, folder, capsys):
     assert run("info", model, "--context", 4096) == 0
     printed = capsys.readouterr().out
-    for words in (f"{model}: ", "parameters: mixture of memories", "state bytes per sequence at 4,096 tokens"):
+    for words in (f"{model}: ", "  mixture of memories", "state bytes at 4,096 tokens"):
         assert words in printed
-    shares = [float(line.split()[-1][:-1]) for line in printed.splitlines() if line.startswith("parameters: ")]
+    assert model == "mom-1.3b" or max(map(len, printed.splitlines())) <= 44
+    of_parameters = printed.partition("state bytes")[0].splitlines()[2:]
+    shares = [float(line.split()[-1][:-1]) for line in of_parameters if "active per token" not in line]
     assert abs(sum(shares) - 100) < 0.5
     (total,) = (line.split()[1] for line in printed.splitlines() if line.startswith("parameters  "))
     config = load_experiment(model).model if model.endswith(".py") else preset(model)
@@ -286,7 +288,7 @@ def test_options_become_fields(words, path, value, folder, monkeypatch, capsys):
         ("train tiny.py --steps 1.5", "train: needs --steps to be an integer >= 1, got --steps=1.5; change it"),
         ("train tiny.py --sample-tokens -1", "needs --sample-tokens to be an integer >= 0, got --sample-tokens=-1"),
         ("train tiny.py --steps 1 --steps 2", "train: needs each option once, got --steps again; leave one out"),
-        ("info", "info: needs MODEL, got none; name of a preset, or an experiment file"),
+        ("info", "info: needs MODEL, got none; name of a preset, an experiment file, or the folder"),
         (
             "info mom-340m --context many",
             "info: needs --context to be an integer >= 1, got --context='many'; change it",
@@ -328,9 +330,58 @@ def test_generate_continues_a_prompt_and_passes_over_a_truncated_checkpoint(writ
     assert told.startswith("passed over: checkpoint 2 is damaged: run_config/run_config.json has ")
 
 
+def test_generate_reads_files_and_standard_input(written_run, capsys, monkeypatch):
+    options = ("--max-tokens", 6, "--seed", 3)
+    assert run("generate", "run", "--prompt", "a\n", *options) == 0
+    text = capsys.readouterr().out
+    Path("prompt.txt").write_text("a\n")
+    assert run("generate", "run", "--prompt-file", "prompt.txt", *options) == 0
+    assert capsys.readouterr().out == text
+    assert run("generate", "run", "--prompt", r"a\n", "--escapes", *options) == 0
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\\n\nmemories of\n")))
+    assert run("generate", "run", "--prompts", "-", "--escapes", *options) == 0
+    printed, told = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [line["prompt"] for line in lines] == ["a\n", "memories of"] and told.startswith("12 tokens, ")
+    assert lines[0]["prompt"] + lines[0]["text"] == text
+    Path("empty.txt").write_text("")
+    assert run("generate", "run", "--prompts", "empty.txt", *options) == 2
+    assert "needs a prompt on a line of 'empty.txt', got an empty file; write one" in capsys.readouterr().err
+    stop = text[4:6]
+    assert run("generate", "run", "--prompt-file", "prompt.txt", "--stop", stop, *options) == 0
+    assert capsys.readouterr().out == text[: text.index(stop, 2)]
+
+
+def test_info_says_how_a_run_stands(written_run, capsys):
+    assert run("info", "run") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("run: 0 of 12 steps\ncheckpoints: 1, 2\n\nrun: 1 layers, d_model ")
+    metrics = [{"kind": "train", "step": 3, "bits_per_byte": 2.5, "tokens_per_s": 1234.5}]
+    metrics += [{"kind": "eval", "step": 3, "bits_per_byte": 2.75}]
+    Path("run", "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    assert run("info", "run") == 0
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "run: 3 of 12 steps",
+        "checkpoints: 1, 2",
+        "held out: 2.750 bits per byte at step 3",
+        "trained: 2.500 bits per byte, 1,234 tokens/s",
+    ]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
+        (
+            "generate run --prompt a --prompts b",
+            "needs one of --prompt, --prompt-file and --prompts, got several; leave",
+        ),
+        (
+            "generate run --prompt-file no.txt",
+            r"needs a file of text, got 'no.txt' \(No such file or directory\); correct",
+        ),
+        ("generate run --stop=", "needs stop to be a list of texts, none of them empty, got"),
+        ("info empty", "run: needs a folder with a run, got 'empty', which has no config.json; name the --out of"),
         ("generate empty", "run: needs a folder with a run, got 'empty', which has no config.json; name the --out of"),
         ("generate run --step 7", r"checkpoints in run/checkpoints: needs one of the steps \[1, 2\], got step=7"),
         (

@@ -1,7 +1,6 @@
 """What a decoder costs, without building it: parameters by part, state bytes per sequence, FLOPs per token."""
 
 import dataclasses
-import io
 import math
 from collections import Counter
 
@@ -106,25 +105,21 @@ class Summary:
     context_tokens: int
 
     def __repr__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=100)
-        with console.capture() as shown:
-            console.print(table(self.name, self.config, self.cost, self.context_tokens))
-        return "\n".join(line.rstrip() for line in shown.get().splitlines())
+        return "\n".join(_table(self.name, self.config, self.cost, self.context_tokens))
 
 
-def summary(model: Decoder | DecoderConfig | str, context_tokens: int = 2048) -> Summary:
+def summary(model: Decoder | DecoderConfig | str, context_tokens: int = 2048, name: str | None = None) -> Summary:
     """What a decoder costs, as a table; nothing is built or compiled.
 
     Args:
       model: one, its config, or the name of a preset.
       context_tokens: of the state of growing caches and of FLOPs.
+      name: to show.
 
     >>> print(summary("quickstart", 512).cost.n_parameters)
     1058056
     """
-    name = model if isinstance(model, str) else "decoder"
+    name = name or (model if isinstance(model, str) else "decoder")
     config = preset(model) if isinstance(model, str) else model.config if isinstance(model, Decoder) else model
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"summary: needs a decoder, its config or a preset's name, got {config!r}; pass one of these")
@@ -132,24 +127,17 @@ def summary(model: Decoder | DecoderConfig | str, context_tokens: int = 2048) ->
     return Summary(name, config, account(config, context_tokens), context_tokens)
 
 
-def table(name: str, config: DecoderConfig, cost: Cost, context_tokens: int):
-    """The cost as a rich table, for a terminal."""
-    from rich.table import Table
-
-    layers = f"{config.n_layers} layers, d_model {config.d_model}, {config.dtype}"
-    rows = Table("", "", "share", title=f"{name}: {layers}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    rows.columns[1].justify = rows.columns[2].justify = "right"
-    for part, n in sorted(cost.parameters.items(), key=lambda item: -item[1]):
-        rows.add_row(f"parameters: {part}", f"{n:,}", f"{n / cost.n_parameters:.1%}")
-    rows.add_row("parameters", f"{cost.n_parameters:,}", "", style="bold")
-    if cost.n_active_parameters < cost.n_parameters:
-        active = cost.n_active_parameters
-        rows.add_row("parameters active per token", f"{active:,}", f"{active / cost.n_parameters:.1%}")
-    total = sum(cost.state_bytes.values())
-    for mixer, n_bytes in cost.state_bytes.items():
-        rows.add_row(f"state bytes: {mixer}", f"{n_bytes:,}", f"{n_bytes / total:.1%}")
-    rows.add_row(f"state bytes per sequence at {context_tokens:,} tokens", f"{total:,}", "", style="bold")
-    rows.add_row("forward FLOPs per token", f"{cost.forward_flops:,}", "")
+def _table(name: str, config: DecoderConfig, cost: Cost, context_tokens: int) -> list[str]:
+    """In 44 columns, but for long names and large numbers."""
+    share = lambda n, total: f"{n / total:.1%}"
+    n, active, state = cost.n_parameters, cost.n_active_parameters, sum(cost.state_bytes.values())
+    parts = sorted(cost.parameters.items(), key=lambda item: -item[1])
     training = cost.forward_flops * (4 if config.remat == "block" else 3)
-    rows.add_row(f"training FLOPs per token (remat: {config.remat})", f"{training:,}", "", style="bold")
-    return rows
+    rows = [("parameters", n, ""), *((f"  {part}", size, share(size, n)) for part, size in parts)]
+    rows += [("  active per token", active, share(active, n))] if active < n else []
+    rows += [(f"state bytes at {context_tokens:,} tokens", state, "")]
+    rows += [(f"  {mixer}", size, share(size, state)) for mixer, size in cost.state_bytes.items()]
+    rows += [("FLOPs per token", cost.forward_flops, ""), (f"  training, remat {config.remat}", training, "")]
+    wide, far = (max(len(text(row)) for row in rows) for text in (lambda row: row[0], lambda row: f"{row[1]:,}"))
+    title = f"{name}: {config.n_layers} layers, d_model {config.d_model}, {config.dtype}"
+    return [title, *(f"{label:{wide}} {number:{far},} {part:>6}".rstrip() for label, number, part in rows)]

@@ -8,11 +8,12 @@ import jax
 from flax import nnx
 
 from jaxmem.checkpoints import Restored, again_if_gone, complete_steps, load_checkpoint, read_run_config
-from jaxmem.models.decoder import Decoder
+from jaxmem.models.decoder import Decoder, DecoderConfig
 from jaxmem.models.tokenizer import Tokenizer
 from jaxmem.programs import keep_programs
 from jaxmem.training.experiment import TrainConfig
 from jaxmem.training.identity import check_tokenizer, tokenizer_of_run
+from jaxmem.training.metrics import METRICS_FILE, read_metrics
 from jaxmem.training.own_code import read_own
 from jaxmem.training.resume import notes_on_config_file, unchecked_config
 from jaxmem.training.run_folder import CHECKPOINTS, CONFIG_FILE, TABLES, read_config
@@ -47,13 +48,7 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
     """
     run_dir = Path(run_dir)
     keep_programs()
-    if not (run_dir / CONFIG_FILE).is_file() and not complete_steps(run_dir / CHECKPOINTS):
-        missing = "which has no config.json" if run_dir.is_dir() else "which is no folder"
-        raise ValueError(
-            f"run: needs a folder with a run, got {str(run_dir)!r}, {missing}; "
-            "name the --out of `jaxmem train`, e.g. runs/quickstart"
-        )
-    saved, where, notes = again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))
+    saved, where, notes = _config_of(run_dir, step)
     config = read_own(saved, where, run_dir, imports)
     tokenizer = tokenizer_of_run(config.data.tokenizer, run_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -78,6 +73,39 @@ def load_run(run_dir: str | Path, step: int | None = None, imports: Sequence[str
     return LoadedRun(
         config, model, tokenizer, restored.step, [*(f"passed over: {note}" for note in restored.notes), *notes]
     )
+
+
+def describe_run(run_dir: str | Path) -> tuple[DecoderConfig, list[str]]:
+    """The model's config and a few lines on how a run stands; nothing is loaded, and nothing of the folder is executed.
+
+    Raises: ValueError as `load_run`.
+    """
+    run_dir = Path(run_dir)
+    saved, where, notes = _config_of(run_dir, None)
+    config = read_own(saved, where, run_dir)
+    steps = complete_steps(run_dir / CHECKPOINTS)
+    records = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
+    last = lambda kind: next((line for line in reversed(records) if line["kind"] == kind), None)
+    train, held_out, final = map(last, ("train", "eval", "final"))
+    made = train["step"] if train else 0
+    lines = [f"{run_dir}: {made:,} of {config.steps:,} steps{', ended' if final else ''}"]
+    lines.append(f"checkpoints: {', '.join(f'{step:,}' for step in steps) or 'none'}")
+    if held_out:
+        lines.append(f"held out: {held_out['bits_per_byte']:.3f} bits per byte at step {held_out['step']:,}")
+    if train:
+        lines.append(f"trained: {train['bits_per_byte']:.3f} bits per byte, {train['tokens_per_s']:,.0f} tokens/s")
+    return config.model, [*lines, *notes]
+
+
+def _config_of(run_dir: Path, step: int | None) -> tuple[dict[str, Any], Path, list[str]]:
+    """The config of a run, as `_config`, of a folder in which there is one."""
+    if not (run_dir / CONFIG_FILE).is_file() and not complete_steps(run_dir / CHECKPOINTS):
+        missing = "which has no config.json" if run_dir.is_dir() else "which is no folder"
+        raise ValueError(
+            f"run: needs a folder with a run, got {str(run_dir)!r}, {missing}; "
+            "name the --out of `jaxmem train`, e.g. runs/quickstart"
+        )
+    return again_if_gone(run_dir / CHECKPOINTS, lambda: _config(run_dir, step))
 
 
 def _config(run_dir: Path, step: int | None) -> tuple[dict[str, Any], Path, list[str]]:

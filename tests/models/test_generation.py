@@ -15,7 +15,7 @@ from jaxmem.layers.gated_delta_net import GatedDeltaNetConfig
 from jaxmem.layers.mixture_of_memories import MixtureOfMemoriesConfig
 from jaxmem.models import generation
 from jaxmem.models.decoder import DecoderConfig
-from jaxmem.models.generation import generate, generate_text, state_bytes
+from jaxmem.models.generation import generate, generate_rows, generate_text, generate_texts, state_bytes
 from jaxmem.models.sampling import SamplingConfig
 from jaxmem.models.tokenizer import ByteTokenizer
 from jaxmem.sharding import MeshConfig, make_mesh, use_mesh
@@ -93,6 +93,38 @@ def test_the_seed_decides_and_a_longer_text_starts_as_the_shorter():
     assert text(20, 0, sampling=WARM)[:12] == text(12, 0, sampling=WARM)
     assert text(20, 0, sampling=WARM) != text(20, 1, sampling=WARM)
     assert text(20, 1, sampling=SamplingConfig(5.0, top_k=1)) == text(20, 2, sampling=GREEDY)
+
+
+def test_several_prompts_at_once_are_each_alone():
+    """Of unequal lengths, also over several pieces; the seed of row r is seed + r; a row that has stopped says no more."""
+    prompts = [prompt(1), prompt(2 * PIECE + 5), prompt(7), prompt(7)]
+    options = {"max_tokens": 12, "sampling": WARM, "capacity": CAPACITY}
+    alone = [
+        list(generate(model(), row, seed=2**32 - 2 + r - 2**32 * (r > 1), **options)) for r, row in enumerate(prompts)
+    ]
+    together = generate_rows(model(), prompts, seed=2**32 - 2, **options)
+    assert list(map(list, zip(*together, strict=True))) == alone
+    assert alone[2] != alone[3] and together.statistics.n_tokens == 48
+    stop = alone[1][4]
+    rows = list(generate_rows(model(), prompts, seed=2**32 - 2, stop_ids=[stop], **options))
+    for r, row in enumerate(zip(*rows, strict=True)):
+        end = alone[r].index(stop) if stop in alone[r] else 12
+        assert list(row) == alone[r][:end] + [None] * (len(row) - end)
+
+
+def test_texts_end_before_what_stops_them():
+    options = {"max_tokens": 40, "sampling": WARM, "capacity": CAPACITY}
+    start = ["memory", "", "né"]
+    whole = ["".join(generate_text(model(), ByteTokenizer(), p, seed=r, **options)) for r, p in enumerate(start)]
+    assert generate_texts(model(), ByteTokenizer(), start, **options)[0] == whole
+    stop = [whole[0][5:7], whole[1][9:10]]
+    until = [text[: min(text.find(s) % 1000 for s in stop)] for text in whole]
+    texts, statistics = generate_texts(model(), ByteTokenizer(), start, stop=stop, **options)
+    assert texts == until != whole and statistics.n_tokens <= 120
+    streamed = [
+        "".join(generate_text(model(), ByteTokenizer(), p, seed=r, stop=stop, **options)) for r, p in enumerate(start)
+    ]
+    assert streamed == until
 
 
 def test_draws_at_successive_indices_differ():
