@@ -79,7 +79,7 @@ def token_ids(ids: Array | np.ndarray) -> Int[Array, "*tokens"]:
     largest = jnp.iinfo(jnp.int32).max
     if jnp.iinfo(ids.dtype).max > largest:
         where = jnp.where if known(ids) is None else np.where
-        ids = where((ids < 0) | (ids > largest), -1, ids)
+        ids = where((ids < 0) | (ids > largest), np.int32(-1), ids.astype(np.int32))  # -1 does not go into unsigned ids
     return jnp.asarray(ids, jnp.int32)
 
 
