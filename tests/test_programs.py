@@ -9,7 +9,9 @@ import pytest
 
 PROGRAM = """
 import jax, jax.numpy as jnp
+from jaxmem import programs
 from jaxmem.programs import keep_programs, timed
+programs.LEAST_S = 0.0  # newer versions compile this faster
 folder = keep_programs()
 f = jax.jit(lambda x: jax.lax.fori_loop(0, 9, lambda _, x: jnp.sort(jnp.linalg.qr(x)[0] @ x, axis=1), x))
 with timed() as compiling:

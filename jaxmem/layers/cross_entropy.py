@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmem.layers.embedding import TABLE, TOKENS, own_rows, token_ids
-from jaxmem.recurrences.documents import known
+from jaxmem.layers.embedding import TABLE, TOKENS, own_rows
+from jaxmem.recurrences.documents import ids_in_int32, known
 from jaxmem.sharding import constrain, local, mesh_axes, stored_like
 from jaxmem.typing import Array, Bool, Float, Int
 
@@ -76,7 +76,7 @@ def chunked_cross_entropy(
     True
     """
     _require_tokens(x, targets, vocab_size or table.shape[0], weights)
-    targets = token_ids(targets)
+    targets = ids_in_int32(targets)
     logit, lse = target_logit_and_lse(x, table, targets, vocab_size, chunk_tokens)
     weights = constrain(weights.astype(jnp.float32), *TOKENS)
     nats = _of_tokens(lse - logit, targets, vocab_size or table.shape[0], weights != 0)
@@ -98,7 +98,7 @@ def token_nats(
     Raises: as `chunked_cross_entropy`; under jit a target that is no token has NaN.
     """
     _require_tokens(x, targets, vocab_size or table.shape[0])
-    targets = token_ids(targets)
+    targets = ids_in_int32(targets)
     logit, lse = target_logit_and_lse(x, table, targets, vocab_size, chunk_tokens)
     return _of_tokens(lse - logit, targets, vocab_size or table.shape[0])
 

@@ -14,10 +14,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from jaxmem.recurrences.documents import known
+from jaxmem.recurrences.documents import ids_in_int32, known
 from jaxmem.sharding import ROWS, constrain, local, mesh_axes, param, stored_like
 from jaxmem.showing import Module
 from jaxmem.typing import Array, DTypeLike, Float, Int
@@ -65,22 +64,9 @@ class Embedding(Module):
                     f"embedding: needs token ids in 0..{self.vocab_size - 1}, got ids={low}..{high}; "
                     "check that the tokenizer belongs to this model"
                 )
-        ids = token_ids(ids)
+        ids = ids_in_int32(ids)
         is_token = constrain((ids >= 0) & (ids < self.vocab_size), *TOKENS)
         return jnp.where(is_token[..., None], lookup(self.table[...], ids, dtype), jnp.nan)
-
-
-def token_ids(ids: Array | np.ndarray) -> Int[Array, "*tokens"]:
-    """As int32, for what is narrower cannot be compared with a vocabulary; -1 for what int32 does not hold.
-
-    >>> token_ids(np.array([0, 255], np.uint8)).tolist(), token_ids(np.array([2**32 + 5])).tolist()
-    ([0, 255], [-1])
-    """
-    largest = jnp.iinfo(jnp.int32).max
-    if jnp.iinfo(ids.dtype).max > largest:
-        where = jnp.where if known(ids) is None else np.where
-        ids = where((ids < 0) | (ids > largest), np.int32(-1), ids.astype(np.int32))  # -1 does not go into unsigned ids
-    return jnp.asarray(ids, jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -26,9 +26,9 @@ import numpy as np
 from flax import nnx
 
 from jaxmem.fields import Count, Natural, checked
-from jaxmem.layers.embedding import token_ids
 from jaxmem.layers.memory_table import Activation, MemoryTable, table_to_read
 from jaxmem.layers.memory_usage import slot_weights
+from jaxmem.recurrences.documents import ids_in_int32
 from jaxmem.sharding import local
 from jaxmem.showing import Module
 from jaxmem.typing import Array, Bool, Float, Int
@@ -149,7 +149,7 @@ class WordExperts(Module):
 
     def experts(self, words: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
         """The expert of each id; -1, which reads nothing, for an id that the routing does not have."""
-        words = token_ids(words)
+        words = ids_in_int32(words)
         if self.config.routing is None:
             return jnp.where(words < 0, -1, words % self.config.n_experts)
         routing = jnp.asarray(self.config.routing, jnp.int32)

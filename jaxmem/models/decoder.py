@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmem.fields import Count, Positive, checked
-from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding, token_ids
+from jaxmem.layers.embedding import ROWS_MULTIPLE, Embedding
 from jaxmem.layers.feed_forward import SwiGLU
 from jaxmem.layers.memory import MemoryConfig
 from jaxmem.layers.mixer import Mixer, MixerConfig, SequenceMixer, advance, init_cursor, require_per_token, said
 from jaxmem.layers.norm import RMSNorm
 from jaxmem.layers.word_experts import WordExperts, WordExpertsConfig
-from jaxmem.recurrences.documents import in_int32, require_padding_behind
+from jaxmem.recurrences.documents import ids_in_int32, in_int32, require_padding_behind
 from jaxmem.sharding import ROWS, constrain, current_rules, einsum, param
 from jaxmem.sharding.kinds import is_memory
 from jaxmem.sharding.layouts import lay_out, restore
@@ -200,7 +200,7 @@ class Decoder(Module):
             None if x is None else lay_out(x, layout, "batch", "time") for x in (tokens, segment_ids, positions)
         )
         if segment_ids is not None:  # what stands in padding need not be a token
-            tokens = token_ids(tokens)
+            tokens = ids_in_int32(tokens)
             none = (tokens < 0) | (tokens >= self.config.vocab_size)
             tokens = jnp.where(none & (segment_ids == 0), 0, tokens)
         documents = {"segment_ids": segment_ids, "positions": positions}

@@ -58,8 +58,20 @@ def in_int32(what: str, segment_ids: Array | np.ndarray) -> Int[Array, "B T"]:
         raise ValueError(
             f"{what}: needs segment_ids of at most {largest}, which int32 holds, got {ids.max()}; number the documents anew"
         )
-    where = jnp.where if ids is None else np.where
-    return jnp.asarray(where((segment_ids < 0) | (segment_ids > largest), -1, segment_ids), jnp.int32)
+    return ids_in_int32(segment_ids)
+
+
+def ids_in_int32(ids: Array | np.ndarray) -> Int[Array, "*ids"]:
+    """As int32; -1 for what that does not hold.
+
+    >>> ids_in_int32(np.array([7, 2**32 - 1], np.uint32)).tolist(), ids_in_int32(np.array([255], np.uint8)).tolist()
+    ([7, -1], [255])
+    """
+    largest = jnp.iinfo(jnp.int32).max
+    if jnp.iinfo(ids.dtype).max > largest:
+        where = jnp.where if known(ids) is None else np.where
+        ids = where((ids < 0) | (ids > largest), np.int32(-1), ids.astype(np.int32))  # -1 does not go into unsigned ids
+    return jnp.asarray(ids, jnp.int32)
 
 
 def read_documents(what: str, segment_ids: Array, shape: tuple[int, int]) -> tuple[Documents, Bool[Array, "B"]]:
