@@ -165,6 +165,7 @@ def train(
     coordinator: str | None = None,
     processes: Count | None = None,
     process: Natural | None = None,
+    profile: str | None = None,
 ) -> int:
     """Train the model of an experiment file; every field of its config is an option.
 
@@ -179,8 +180,10 @@ def train(
         coordinator: Where process 0 runs, HOST:PORT with a free port, for several processes in no such cluster.
         processes: With --coordinator: how many there are.
         process: With --coordinator: which this is, from 0.
+        profile: Steps to trace, as 10..12, into RUN/profile, which xprof opens.
     """
     from jaxmem.training import loop
+    from jaxmem.training.profile import steps_to_profile
 
     if out is not None and not out.strip():
         raise ValueError("train: needs the name of a folder for --out, got an empty one; name one, or leave --out away")
@@ -195,6 +198,7 @@ def train(
         from_step=from_step,
         experiment=experiment,
         command=_without_resume(sys.argv[1:]),
+        profile=None if profile is None else steps_to_profile(profile),
     )
     return 0
 

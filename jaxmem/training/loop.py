@@ -46,6 +46,7 @@ from jaxmem.training.placement import (
     share_of_rows,
     to_host,
 )
+from jaxmem.training.profile import Profile
 from jaxmem.training.progress import Progress
 from jaxmem.training.resume import MAY_CHANGE as MAY_CHANGE
 from jaxmem.training.resume import check_config, check_run_dir, notes_on_config
@@ -53,6 +54,7 @@ from jaxmem.training.run_folder import CHECKPOINTS, CONFIG_FILE, TABLES, locked,
 from jaxmem.training.signals import Stop, stop_on_signals
 from jaxmem.training.step import Shifted, StepMetrics, TrainState, init_state, make_train_step, shifted
 from jaxmem.training.table_checkpoints import TableCheckpoints
+from jaxmem.training.utilisation import Utilisation, peak_memory_bytes
 
 STEPS_BETWEEN_STOPS = 16
 """With several processes, a signal stops the run at a multiple of this many steps, on which all agree."""
@@ -78,6 +80,7 @@ def train(
     from_step: int | None = None,
     experiment: str | Path | None = None,
     command: str | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> Outcome:
     """Runs an experiment to its end, or until `signals` ask it to stop, then saved so that `resume` goes on exactly there.
 
@@ -86,6 +89,7 @@ def train(
       from_step: go on from this checkpoint instead; later ones are renamed, and are then no longer the newest.
       experiment: the file that made the config; the run keeps a copy.
       command: the command line without --resume, for messages.
+      profile: the first and the last of some steps to trace, into run_dir/profile.
 
     Raises:
       ValueError: a folder with another run or in use, a config, data or mesh that does not fit; each says what to change.
@@ -114,6 +118,8 @@ def train(
             state, batches, told = run.start(store, from_step)
             config = run.config  # with the rates that the run goes on with
             as_json, first = to_json(config), int(state.step)
+            traced = Profile(profile if is_main else None, run_dir, first, config.steps)
+            stack.callback(traced.end)
             notes += told + ([said] if (said := without_kind(state.params)) else [])
             if resume and not first:
                 notes.append(f"no checkpoint in {run_dir} to resume from: starting at step 0")
@@ -133,7 +139,7 @@ def train(
             if first < config.steps:
                 progress.say("compiling the training step, which may take a minute")
             try:
-                state, evaluation, stopped = run.steps(state, batches, store, stop, metrics, progress)
+                state, evaluation, stopped = run.steps(state, batches, store, stop, metrics, progress, traced)
             except NotFinite as error:
                 with contextlib.suppress(CheckpointError):
                     store.wait()
@@ -187,7 +193,8 @@ class _Run:
         text = read_text(config.data, tokenizer)
         self.pieces, self.heldout = text
         self.identity = data_identity(text, tokenizer)
-        self.told_of_failures = False
+        self.told_of_failures, self.save_s = False, 0.0
+        self.utilisation = Utilisation(config.model, config.data.context_tokens)
         require_fit(config, mesh)
         self.train_step = self._compiled_step(config)
         self.eval_step = jax.jit(make_eval_step(config.model))
@@ -232,7 +239,14 @@ class _Run:
         return state, batches, [*notes, *of_rates]
 
     def steps(
-        self, state: TrainState, batches, store: CheckpointStore, stop: Stop, metrics: Metrics, progress: Progress
+        self,
+        state: TrainState,
+        batches,
+        store: CheckpointStore,
+        stop: Stop,
+        metrics: Metrics,
+        progress: Progress,
+        profile: Profile,
     ) -> tuple[TrainState, Evaluation | None, bool]:
         """Steps to the end or to a signal; each is read back when the next is on its way, so that neither waits.
 
@@ -241,6 +255,11 @@ class _Run:
         config, clock, pending, evaluation, stopping = self.config, Clock(), None, None, False
         step = first = int(state.step)
         while step < config.steps and not stopping:
+            if profile.begins_at(step + 1):
+                if pending is not None:  # what is under way is none of it
+                    self.tell(*pending, clock, metrics, progress)
+                    pending = None
+                profile.begin()
             batch = next(batches)
             placed = jax.tree.map(lambda rows: self.place(self.parts(rows)), shifted(batch))
             clock.dispatch(idle=pending is None or pending[1].finite.is_ready())
@@ -260,14 +279,17 @@ class _Run:
             save_due = last or step % config.checkpoint.every_steps == 0
             if jax.process_count() == 1 or step % STEPS_BETWEEN_STOPS == 0:
                 stopping = any_process(bool(stop)) and not last
-            if evaluation_due or save_due or stopping:
+            if evaluation_due or save_due or stopping or profile.ends_at(step):
                 self.tell(*pending, clock, metrics, progress)
                 pending = None
+                if (profile.ends_at(step) or stopping) and (traced := profile.end()):
+                    progress.say(traced)
                 if evaluation_due:
                     evaluation = self.evaluate(state, None if last else config.eval_bytes)
                     if metrics is not None and evaluation is not None:
                         metrics.write("eval", step, **dataclasses.asdict(evaluation))
                 if save_due or stopping:
+                    began = time.perf_counter()
                     data_state = {
                         "data": self.identity,
                         "iterators": gather_states(batches.get_state()),
@@ -277,6 +299,7 @@ class _Run:
                         state = self.tables.save(state, store.steps())
                     tree = state._asdict() if self.tables is None else self.tables.rest(state)
                     store.save(step, tree, data_state, evaluation and evaluation.bits_per_byte)
+                    self.save_s += time.perf_counter() - began
                 clock.restart()
         return state, evaluation, stopping
 
@@ -287,6 +310,8 @@ class _Run:
         n_targets = float(told.n_targets)
         bits_per_byte = float(told.nats) / math.log(2) / max(int(told.n_bytes), 1)
         loss = float(told.nats) / max(n_targets, 1)
+        mfu, memory_bytes, save_s = self.utilisation.mfu(n_targets / step_s), peak_memory_bytes(), self.save_s
+        self.save_s = 0.0
         if metrics is not None:
             metrics.write(
                 "train",
@@ -299,8 +324,14 @@ class _Run:
                 tokens_per_s=n_targets / step_s,
                 step_s=step_s,
                 wait_s=wait_s,
+                save_s=save_s,
+                **({} if mfu is None else {"mfu": mfu}),
+                **({} if memory_bytes is None else {"peak_memory_bytes": memory_bytes}),
             )
-        progress.update(step, loss, bits_per_byte, n_targets / step_s)
+        more = [] if mfu is None else [f"MFU {mfu:.1%}"]
+        more += [] if memory_bytes is None else [f"{memory_bytes / 2**30:.2f} GiB"]
+        more += [f"{word} {s:.1f} s" for word, s in (("waited", wait_s), ("saved", save_s)) if s > 0.05 * step_s]
+        progress.update(step, loss, bits_per_byte, n_targets / step_s, more)
         if self.pieces.report.failed_reads and not self.told_of_failures:
             self.told_of_failures = True
             progress.say(f"step {step}: some text cannot be read again, or is not the same: {self.pieces.report}")

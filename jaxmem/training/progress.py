@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import SupportsFloat
 
@@ -48,7 +48,7 @@ class Progress:
         self._total_steps = total_steps
         self._start_step = start_step
         self._first: tuple[float, int] | None = None  # time and step of the first update: compilation is behind us
-        self._latest: tuple[int, SupportsFloat, SupportsFloat, SupportsFloat] | None = None
+        self._latest: tuple[int, SupportsFloat, SupportsFloat, SupportsFloat, Sequence[str]] | None = None
         self._is_shown = True
         self._due_s = -math.inf
         self._interval_s = TERMINAL_INTERVAL_S if self._console.is_terminal else LOG_INTERVAL_S
@@ -76,7 +76,14 @@ class Progress:
         if self._live is not None:
             self._write(self._live.stop)
 
-    def update(self, step: int, loss: SupportsFloat, bits_per_byte: SupportsFloat, tokens_per_s: SupportsFloat) -> None:
+    def update(
+        self,
+        step: int,
+        loss: SupportsFloat,
+        bits_per_byte: SupportsFloat,
+        tokens_per_s: SupportsFloat,
+        more: Sequence[str] = (),
+    ) -> None:
         """Takes note of a finished step and shows it if the last one shown is old enough.
 
         Arrays on a device are waited for only when they are shown, so calling this after every step costs nothing.
@@ -86,11 +93,12 @@ class Progress:
             loss: nats per token.
             bits_per_byte: the loss in bits per byte of text.
             tokens_per_s: speed of the whole machine.
+            more: what else is shown where there is room, what matters most first.
         """
         now_s = time.monotonic()
         if self._first is None:
             self._first = (now_s, step)
-        self._latest = (step, loss, bits_per_byte, tokens_per_s)
+        self._latest = (step, loss, bits_per_byte, tokens_per_s, more)
         self._is_shown = False
         if now_s >= self._due_s:
             self._show()
@@ -124,11 +132,14 @@ class Progress:
             self._on_closed()
 
     def _show(self) -> None:
-        step, loss, bits_per_byte, tokens_per_s = self._latest
-        numbers = (
-            f"loss {float(loss):.4f}  {float(bits_per_byte):.3f} bits/byte  "
-            f"{_with_prefix(float(tokens_per_s))} tokens/s  ETA {self._time_to_go(step)}"
-        )
+        step, loss, bits_per_byte, tokens_per_s, more = self._latest
+        parts = [f"loss {float(loss):.4f}", f"ETA {self._time_to_go(step)}", f"{float(bits_per_byte):.3f} bits/byte"]
+        parts += [f"{_with_prefix(float(tokens_per_s))} tokens/s", *more]
+        if self._live is not None:  # one line, with a bar of ten columns at least
+            room = self._console.width - len(f"{step:,}/{self._total_steps:,}") - 12
+            fits = [sum(len(part) + 2 for part in parts[: n + 1]) <= room for n in range(len(parts))]
+            parts = parts[: max(fits.count(True), 1)]
+        numbers = "  ".join([parts[0], *parts[2:], *parts[1:2]])
         if self._live is not None:
             self._write(lambda: self._live.update(self._task, completed=step, numbers=numbers, refresh=True))
         else:

@@ -22,7 +22,7 @@ from jaxmem.training.step import init_state
 TINY = Path(__file__).with_name("tiny.py")
 SAVED = (3, 6, 8)
 """Steps of the checkpoints of `whole`."""
-TIMINGS = ("tokens_per_s", "step_s", "wait_s", "wall_s")
+TIMINGS = ("tokens_per_s", "step_s", "wait_s", "save_s", "mfu", "peak_memory_bytes", "wall_s")
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,11 @@ def test_a_mixer_of_ones_own_trains_and_then_writes(work, monkeypatch, capsys):
     )
     shutil.copy(Path(__file__).with_name("tiny.py"), work)
     forget_modules()
-    assert cli.main(["train", str(experiment), "--out", "run", "--steps", "2", "--accumulate", "1"]) == 0
+    assert (
+        cli.main(["train", str(experiment), "--out", "run", "--steps", "2", "--accumulate", "1", "--profile", "2"]) == 0
+    )
+    assert "profile of steps 2 to 2: run/profile, for xprof\n" in capsys.readouterr().out
+    assert list(Path("run", "profile").rglob("*.xplane.pb"))
     experiment.unlink()
     forget_modules()
     capsys.readouterr()

@@ -72,6 +72,23 @@ def test_a_terminal_has_one_live_line_and_text_above_it():
     assert re.fullmatch(r"20,000/20,000 ━+ loss 1\.0000  0\.750 bits/byte  4\.56M tokens/s  ETA 0:00:00", last.strip())
 
 
+@pytest.mark.parametrize(
+    "width, shown",
+    [
+        (44, ["loss 2.0000", "ETA -:--:--"]),
+        (80, ["loss 2.0000", "1.500 bits/byte", "950 tokens/s", "ETA -:--:--"]),
+        (140, ["loss 2.0000", "1.500 bits/byte", "950 tokens/s", "MFU 12.3%", "1.25 GiB", "ETA -:--:--"]),
+    ],
+)
+def test_a_terminal_shows_what_it_has_room_for(width, shown):
+    terminal = Console(file=io.StringIO(), width=width, force_terminal=True, legacy_windows=False)
+    with Progress(20_000, console=terminal) as progress:
+        progress.update(1, 2.0, 1.5, 950, ["MFU 12.3%", "1.25 GiB"])
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())
+    lines = text.replace("\r", "\n").strip().splitlines()
+    assert len(lines[-1].strip()) <= width and re.split(r"  +", lines[-1].strip().partition("━ ")[2].strip()) == shown
+
+
 def test_values_are_read_only_when_shown(log):
     class DeviceArray:
         n_reads = 0
