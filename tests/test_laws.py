@@ -478,7 +478,7 @@ def meshes():
         wanted |= {several} if name in (*QUICK, "window", "mamba", "mixture-mamba", "griffin", "rwkv7") else set()
         wanted |= {mesh for mesh in MESHES if "seq" not in mesh} if name in FAMILIES else set()
         for mesh in sorted(wanted):
-            quick = name in QUICK and mesh == several
+            quick = name in QUICK and mesh == several and name != "delta"  # which a mixture has inside
             quick |= mesh == "seq" and name == "delta"
             like = name not in OF_A_KIND or (mesh not in ("seq", several) and name != "mixture")
             yield pytest.param(name, mesh, marks=() if quick else (pytest.mark.slow, *[pytest.mark.full] * like))

@@ -135,8 +135,8 @@ class Progress:
         step, loss, bits_per_byte, tokens_per_s, more = self._latest
         parts = [f"loss {float(loss):.4f}", f"ETA {self._time_to_go(step)}", f"{float(bits_per_byte):.3f} bits/byte"]
         parts += [f"{_with_prefix(float(tokens_per_s))} tokens/s", *more]
-        if self._live is not None:  # one line, with a bar of ten columns at least
-            room = self._console.width - len(f"{step:,}/{self._total_steps:,}") - 12
+        if self._live is not None:  # one line, with a bar of eight columns at least
+            room = self._console.width - len(f"{step:,}/{self._total_steps:,}") - 8
             fits = [sum(len(part) + 2 for part in parts[: n + 1]) <= room for n in range(len(parts))]
             parts = parts[: max(fits.count(True), 1)]
         numbers = "  ".join([parts[0], *parts[2:], *parts[1:2]])

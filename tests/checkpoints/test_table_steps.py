@@ -245,6 +245,7 @@ def killed(directory, n_kills: int, seed: int) -> tuple[int, int]:
     return tuple(outcomes)
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_save_leaves_the_step_before_or_the_whole_step(tmp_path):
     killed(tmp_path / "table", 3, 0)
 

@@ -51,6 +51,7 @@ def test_a_hybrid_is_one_line():
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(nnx.state(model.blocks, nnx.Param)))
 
 
+@pytest.mark.slow
 def test_no_two_layers_start_alike():
     blocks = make(decoder()).blocks
     weights = [getattr(block.mixer, "query", None) or block.mixer.projections.weight["query"] for block in blocks]

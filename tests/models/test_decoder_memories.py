@@ -267,7 +267,7 @@ def test_errors():
     "memories",
     [
         pytest.param((OWN, None), id="own", marks=pytest.mark.slow),
-        pytest.param((SHARED, OWN_WORDS), id="shared, words"),
+        pytest.param((SHARED, OWN_WORDS), id="shared, words", marks=pytest.mark.slow),
     ],
 )
 def test_the_use_of_memories_is_that_of_their_choices_without_padding(memories):

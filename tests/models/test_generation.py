@@ -114,13 +114,13 @@ def test_several_prompts_at_once_are_each_alone():
 
 def test_texts_end_before_what_stops_them():
     options = {"max_tokens": 40, "sampling": WARM, "capacity": CAPACITY}
-    start = ["memory", "", "né"]
+    start = ["memory", "", "né", "a"]
     whole = ["".join(generate_text(model(), ByteTokenizer(), p, seed=r, **options)) for r, p in enumerate(start)]
     assert generate_texts(model(), ByteTokenizer(), start, **options)[0] == whole
     stop = [whole[0][5:7], whole[1][9:10]]
     until = [text[: min(text.find(s) % 1000 for s in stop)] for text in whole]
     texts, statistics = generate_texts(model(), ByteTokenizer(), start, stop=stop, **options)
-    assert texts == until != whole and statistics.n_tokens <= 120
+    assert texts == until != whole and statistics.n_tokens <= 160
     streamed = [
         "".join(generate_text(model(), ByteTokenizer(), p, seed=r, stop=stop, **options)) for r, p in enumerate(start)
     ]
@@ -182,6 +182,7 @@ def test_statistics_grow_while_it_runs():
     )
 
 
+@pytest.mark.slow
 def test_bfloat16():
     pattern = (MIXTURE, AttentionConfig(2))
     tokens = list(generate(model(pattern, dtype="bfloat16"), prompt(40), max_tokens=20, sampling=WARM))

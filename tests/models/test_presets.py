@@ -38,6 +38,7 @@ def test_a_preset_runs_forward_and_decodes(name):
     )
 
 
+@pytest.mark.slow
 def test_the_quickstart_starts_by_guessing_every_byte():
     config = preset("quickstart")
     tokens = np.random.default_rng(0).integers(0, 256, (2, 129), dtype=np.int32)

@@ -66,7 +66,9 @@ def test_a_report_is_refused_before_anything_is_compiled(monkeypatch):
     with pytest.raises(ValueError, match="tpu topology: needs one of v4, v5e, v5p, v6e, tpu7x, .* got 'v9'; change it"):
         next(report("v9"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="tpu compiler: needs the package libtpu, got none; pip install 'jaxmem\[tpu-compiler\]'"):
+    with pytest.raises(
+        RuntimeError, match=r"tpu compiler: needs the package libtpu, got none; pip install 'jaxmem\[tpu-compiler\]'"
+    ):
         next(report("v6e"))
 
 

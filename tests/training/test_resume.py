@@ -216,6 +216,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
 # A standard output that is closed
 
 
+@pytest.mark.slow
 def test_a_closed_output_saves_and_stops_after_the_step(config, whole, killed_after, compare, monkeypatch, capfd):
     run_dir = killed_after(3)
     reader, writer = os.pipe()
