@@ -74,7 +74,12 @@ from .training.run import load_run as load_run
 
 # Text
 
-from .models.generation import generate as generate, generate_text as generate_text
+from .models.generation import (
+    generate as generate,
+    generate_rows as generate_rows,
+    generate_text as generate_text,
+    generate_texts as generate_texts,
+)
 from .models.sampling import SamplingConfig as SamplingConfig
 
 # Many devices

@@ -331,8 +331,9 @@ def generate(
     stop = tuple(map(read, stop))
     if prompt_file is not None:
         prompt = _text(prompt_file)
-    several = None if prompts is None else [read(line) for line in _text(prompts).splitlines()]
-    if several == []:
+    lines = None if prompts is None else _text(prompts).removesuffix("\n")
+    several = None if lines is None else [read(line.removesuffix("\r")) for line in lines.split("\n")]
+    if lines == "":
         raise ValueError(f"generate: needs a prompt on a line of {prompts!r}, got an empty file; write one")
     from jaxmem.models.generation import generate_text, generate_texts
     from jaxmem.models.sampling import SamplingConfig

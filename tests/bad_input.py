@@ -232,12 +232,15 @@ train tiny.py --checkpoint.tables touched --optimizer.tables.update dense
 train tiny.py --data.heldout-fraction 1
 train tiny.py --data.context-tokens 2
 train tiny.py --no-steps
+train tiny.py --profile ten
+train small.py --accumulate 1 --profile 14..15
 train tiny.py --coordinator nowhere
 train tiny.py --coordinator localhost:1 --processes 2 --process 2
 info
 info quikstart
 info mom-34m
 info nowhere.py
+info empty
 info tiny.py extra
 info quickstart --context 0
 info quickstart --context many
@@ -255,6 +258,12 @@ generate run --top-k 0
 generate run --top-p 0
 generate run --top-p 2
 generate run --seed -1
+generate run --prompt
+generate run --prompt --seed 3
+generate run --prompt a --prompts b
+generate run --prompt-file nowhere.txt
+generate run --prompts text
+generate run --stop=
 generate run --prompt memories --capacity 6
 generate run --max-tokens 9 --capacity 9
 generate run --promt x

@@ -1,13 +1,16 @@
 """`import jaxmem as jm`: what it gives, what it costs, and how what it makes is shown."""
 
 import importlib
+import os
 import pydoc
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import user_code
 from flax import nnx
 
 import jaxmem as jm
@@ -35,6 +38,23 @@ def test_names_are_those_of_their_modules_and_documented(name):
         assert getattr(importlib.import_module(found.__module__), name) is found
     assert found.__doc__
     assert name in pydoc.render_doc(jm) if name == "train" else True
+
+
+@pytest.mark.slow
+def test_code_as_users_write_it_runs(tmp_path):
+    """And type checkers accept it: .ci/run."""
+    (tmp_path / "a.txt").write_text("memory, state, chunk\n" * 40)
+    with jax.default_device(jax.devices()[0]):
+        assert user_code.a_layer().shape == (1, 5, 8)
+        model = user_code.a_decoder()
+    program = f"import user_code; m = user_code.a_decoder(); print(user_code.a_run(m.config, {str(tmp_path)!r})); print(*user_code.a_text({str(tmp_path)!r}), user_code.on_a_mesh().shape)"  # noqa: E501
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr
+    assert "\n3\n" in found.stdout and found.stdout.endswith("(1, 5, 8)\n") and model.config.vocab_size == 256
 
 
 def test_what_is_no_name_is_refused():

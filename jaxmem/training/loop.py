@@ -330,7 +330,9 @@ class _Run:
             )
         more = [] if mfu is None else [f"MFU {mfu:.1%}"]
         more += [] if memory_bytes is None else [f"{memory_bytes / 2**30:.2f} GiB"]
-        more += [f"{word} {s:.1f} s" for word, s in (("waited", wait_s), ("saved", save_s)) if s > max(0.05 * step_s, 0.05)]
+        more += [
+            f"{word} {s:.1f} s" for word, s in (("waited", wait_s), ("saved", save_s)) if s > max(0.05 * step_s, 0.05)
+        ]
         progress.update(step, loss, bits_per_byte, n_targets / step_s, more)
         if self.pieces.report.failed_reads and not self.told_of_failures:
             self.told_of_failures = True

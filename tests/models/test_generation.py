@@ -67,6 +67,7 @@ def test_greedy_is_the_argmax_of_forward_passes_without_state(n_tokens):
     assert len(ids) == n_tokens + 12 and len(set(ids[n_tokens:])) > 3
 
 
+@pytest.mark.slow
 def test_the_text_does_not_depend_on_the_pieces_or_on_the_capacity(monkeypatch):
     ids = prompt(40)
     pieces = list(generate(model(), ids, max_tokens=20, sampling=WARM, capacity=CAPACITY))

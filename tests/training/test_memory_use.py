@@ -125,6 +125,7 @@ def test_a_mesh_finds_the_same(params, found, name):
     assert_same(again.memory_use, found)
 
 
+@pytest.mark.slow
 def test_models_without_memories_have_no_numbers():
     plain = dataclasses.replace(MODEL, memories=())
     step = jax.jit(make_eval_step(plain))
