@@ -50,6 +50,6 @@ def a_text(folder: str) -> Iterator[str]:
     yield f"{texts[0].upper()} {statistics.tokens_per_s:.1f}"
 
 
-def on_a_mesh() -> jax.Array:
+def on_a_mesh() -> jm.Decoder:
     with jm.use_mesh(jm.make_mesh(jm.MeshConfig(data=1))):
-        return a_layer()
+        return a_decoder()
