@@ -92,6 +92,8 @@ def test_a_summary_is_a_table_of_what_a_model_costs(unchecked):
     assert text.startswith("decoder: 3 layers, d_model 8, float32\n")
     assert text == repr(jm.summary(SMALL.make(rngs=nnx.Rngs(0)), 64)) and "state bytes at 64 tokens" in text
     assert repr(jm.summary("mom-340m")).startswith("mom-340m: 24 layers")
+    with jm.use_mesh(jm.make_mesh(jm.MeshConfig(data=4, model=2))):
+        assert repr(jm.summary(SMALL, 64)) == text
     with pytest.raises(ValueError, match="summary: needs a decoder, its config or a preset's name, got 3; pass one of"):
         jm.summary(3)
     with pytest.raises(ValueError, match="preset: needs one of"):

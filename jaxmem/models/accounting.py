@@ -45,8 +45,9 @@ def account(config: DecoderConfig, context_tokens: int) -> Cost:
     >>> sum(account(preset("quickstart"), 512).state_bytes.values()) > 0
     True
     """
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    state = jax.eval_shape(lambda: model.init_state(1, capacity=context_tokens))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # one sequence, whatever mesh there is
+        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        state = jax.eval_shape(lambda: model.init_state(1, capacity=context_tokens))
     parameters: Counter[str] = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         parameters[_part(path, config)] += math.prod(leaf.shape)
